@@ -138,7 +138,7 @@ def new_subgroups(all_subgroup_ranks: Sequence[Sequence[int]]) -> None:
     for subgroup in all_subgroup_ranks:
         # Creating a group is a collective of the world: also those outside take part, in the same order.
         group = dist.new_group(list(subgroup))
-        if get_rank() in subgroup:
+        if isinstance(group, dist.ProcessGroup):  # this process is a member
             _state.subgroup = group
 
 
@@ -181,7 +181,7 @@ def enable_distributed(
         arguments["device_id"] = device
     if environment.job_type is JobType.MANUAL:
         # Alone: no port to find, to lose to somebody else, or to leave open.
-        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     try:
         dist.init_process_group(_backend(device), **arguments)
         dist.barrier()

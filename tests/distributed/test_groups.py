@@ -83,8 +83,8 @@ def _print_everywhere() -> list[str]:
     builtins.print = lambda *args, **kwargs: lines.append(str(args[0]))
     distributed.disable()
     distributed.enable(overwrite=True, restrict_print_to_main_process=True)
-    builtins.print("only in rank 0")
-    builtins.print("everywhere", force=True)
+    builtins.print("only in rank 0")  # noqa: T201
+    builtins.print("everywhere", force=True)  # noqa: T201
     return lines
 
 
