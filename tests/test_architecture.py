@@ -55,8 +55,8 @@ SAME_LEVEL = {
     ("hubconf", "dinov3.hub"),
 }
 
-# Libraries with few doors: where a module may import them at its top, and where functions may too. Whatever a room imports
-# at the top, all who import the room pay for; torchmetrics alone takes ten seconds.
+# Libraries with few doors: where a module may import them at its top, and where functions may too. Whatever a room
+# imports at the top, all who import the room pay for; torchmetrics alone takes ten seconds.
 DOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "omegaconf": (("dinov3.configs",), ("dinov3.eval",)),
     "torchvision": (

@@ -89,7 +89,8 @@ def _compare_tensors(want: Tensor, got: Any, rule: Expected) -> list[str]:
         at = int((gap - bound).nan_to_num(nan=math.inf).flatten().argmax())
         problems.append(
             f": worst |got - expected| = {gap.flatten()[at]:.3g} at {at} (got {a.flatten()[at]:.8g}, expected "
-            f"{b.flatten()[at]:.8g}, allowed {bound.flatten()[at]:.3g}); {int((gap > bound).sum())} of {a.numel()} differ"
+            f"{b.flatten()[at]:.8g}, allowed {bound.flatten()[at]:.3g}); "
+            f"{int((gap > bound).sum())} of {a.numel()} differ"
         )
     if rule.rel_rms is not None:
         rms, scale = gap.square().mean().sqrt().item(), b.square().mean().sqrt().item()

@@ -17,6 +17,13 @@ def pending_cases(area: str, manifest: dict[str, Any], tensors: dict[str, Tensor
         raise NotImplementedError(reason)
 
     return [
-        Case(area, name, not_built, {}, skip=reason, stored_keys=frozenset(k for k in tensors if k.startswith(f"{name}/")))
+        Case(
+            area,
+            name,
+            not_built,
+            {},
+            skip=reason,
+            stored_keys=frozenset(k for k in tensors if k.startswith(f"{name}/")),
+        )
         for name in names
     ]
