@@ -43,7 +43,7 @@ def test_enable_and_disable_are_symmetric(capsys: pytest.CaptureFixture[str]) ->
     distributed.disable()  # nothing left to undo
 
 
-def _subgroups_and_prints(folder: Path) -> Any:
+def _use_subgroups(folder: Path) -> Any:
     rank = distributed.get_rank()
     distributed.new_subgroups([[2], [0, 1]])
     group = distributed.get_process_subgroup()
@@ -59,10 +59,10 @@ def _subgroups_and_prints(folder: Path) -> Any:
 
 
 def test_subgroups_partition_the_world(tmp_path: Path) -> None:
-    results = run_distributed(_subgroups_and_prints, 3, tmp_path)
+    results = run_distributed(_use_subgroups, 3, tmp_path / "run", tmp_path)
     assert [r[:3] for r in results] == [(0, 2, 1.0), (1, 2, 1.0), (0, 1, 2.0)]
     assert all("created before" in r[3] for r in results)
-    assert {p.name for p in tmp_path.iterdir()} == {"world_0.pt", "group_of_0.pt", "group_of_2.pt"}
+    assert {p.name for p in tmp_path.glob("*.pt")} == {"world_0.pt", "group_of_0.pt", "group_of_2.pt"}
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,14 @@ def test_bad_subgroups_are_refused(ranks: list[list[int]], message: str) -> None
 def _print_everywhere() -> list[str]:
     lines: list[str] = []
     builtins.print = lambda *args, **kwargs: lines.append(str(args[0]))
-    distributed.disable()
     distributed.enable(overwrite=True, restrict_print_to_main_process=True)
     builtins.print("only in rank 0")  # noqa: T201
     builtins.print("everywhere", force=True)  # noqa: T201
     return lines
 
 
-def test_print_can_be_restricted_to_rank_0() -> None:
-    assert run_distributed(_print_everywhere, 2) == [["only in rank 0", "everywhere"], ["everywhere"]]
+def test_print_can_be_restricted_to_rank_0(tmp_path: Path) -> None:
+    assert run_distributed(_print_everywhere, 2, tmp_path, init_group=False) == [
+        ["only in rank 0", "everywhere"],
+        ["everywhere"],
+    ]

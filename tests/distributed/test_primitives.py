@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ def _reduce_and_gather() -> Any:
     return mean, total, gathered, scalars, flags, empty, pair
 
 
-def test_reduce_and_gather_over_three_processes() -> None:
-    results = run_distributed(_reduce_and_gather, 3)
+def test_reduce_and_gather_over_three_processes(tmp_path: Path) -> None:
+    results = run_distributed(_reduce_and_gather, 3, tmp_path)
     for rank, (mean, total, gathered, scalars, flags, empty, pair) in enumerate(results):
         assert mean == {"a": 10.0, "b": 1.0}
         assert list(mean) == (["b", "a"] if rank == 0 else ["a", "b"])
