@@ -1,0 +1,5 @@
+"""Activation checkpointing, compilation and sharding (FSDP2) over the units that a backbone declares."""
+
+from dinov3.fsdp.ac_compile_parallelize import ac_compile_parallelize
+
+__all__ = ["ac_compile_parallelize"]

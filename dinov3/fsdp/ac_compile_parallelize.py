@@ -1,0 +1,124 @@
+"""Prepare built (still empty) models for training: activation checkpointing, compile, FSDP2, device.
+
+Sees modules and the backbone protocol only, never a model class.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from dinov3 import distributed
+from dinov3.fsdp.activation_checkpointing import checkpoint_activations
+from dinov3.utils.device import default_device
+from dinov3.utils.dtype import dtype_dict, resolve_compute_dtype
+from dinov3.utils.utils import has_batchnorms
+
+logger = logging.getLogger("dinov3")
+
+
+def ac_compile_parallelize(
+    trained_model: nn.ModuleDict,
+    inference_only_models: Sequence[nn.ModuleDict],
+    cfg: Any,
+    trained_model_process_group: dist.ProcessGroup | None = None,
+    inference_only_models_process_groups: Sequence[dist.ProcessGroup | None] | None = None,
+) -> torch.device:
+    """Apply activation checkpointing, compilation and sharding in place, then allocate the models on the device.
+
+    The tensors are uninitialised afterwards. A model is sharded where its process group has several ranks, and on an
+    accelerator also where it has one (mixed precision comes with it); without a process group it is a plain module.
+
+    Args:
+        trained_model: has a `backbone` and any heads.
+        inference_only_models: the same without gradients (teachers).
+        cfg: merged training configuration.
+        trained_model_process_group: group over which the trained model is sharded.
+        inference_only_models_process_groups: one per inference-only model; None: none is sharded.
+
+    Returns:
+        The device on which the models are.
+
+    Raises:
+        NotImplementedError: a model has batch norms, whose statistics would differ between ranks.
+        ValueError: the trained model has no backbone, or the numbers of models and groups differ.
+    """
+    models = [trained_model, *inference_only_models]
+    frozen_groups = inference_only_models_process_groups or [None] * len(inference_only_models)
+    if len(frozen_groups) != len(inference_only_models):
+        raise ValueError(
+            f"got {len(frozen_groups)} process groups for {len(inference_only_models)} inference-only models"
+        )
+    if "backbone" not in trained_model:
+        raise ValueError(f"the trained model needs a `backbone`, got {list(trained_model)}")
+    if any(has_batchnorms(model) for model in models):
+        raise NotImplementedError(
+            "batch norms are not supported in sharded training; use layer norm (head use_bn=False)"
+        )
+
+    device = default_device()
+    if cfg.train.checkpointing:
+        checkpoint_activations(trained_model["backbone"], full=cfg.train.checkpointing_full)
+    if cfg.train.compile:
+        _compile(models, device, cudagraphs=cfg.train.cudagraphs)
+    for model, group in zip(models, [trained_model_process_group, *frozen_groups], strict=True):
+        if group is not None and (distributed.get_world_size(group) > 1 or device.type != "cpu"):
+            _shard(model, group, device, cfg.compute_precision)
+        model.to_empty(device=device)
+    return device
+
+
+def _compile(models: Sequence[nn.ModuleDict], device: torch.device, *, cudagraphs: bool) -> None:
+    """Compile each unit of each backbone, and each head, in place (names stay as they are)."""
+    if device.type == "cpu":
+        logger.info("train.compile is ignored on a CPU: training gains nothing there, and compiling takes minutes")
+        return
+    import torch._dynamo
+
+    # Each crop resolution is compiled for its own static shape.
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.cache_size_limit = 1024
+    options: dict[str, Any] = (
+        {"fullgraph": True, "dynamic": False, "options": {"triton.cudagraphs": True}} if cudagraphs else {}
+    )
+    for model in models:
+        for name, part in model.items():
+            if name == "backbone":
+                for unit in part.wrap_units():
+                    unit.compile(**options)
+            else:
+                part.compile()
+
+
+def _shard(model: nn.ModuleDict, group: dist.ProcessGroup, device: torch.device, precision: Any) -> None:
+    """`fully_shard` per unit, then per part. Parameters stay float32, computation is in `param_dtype`."""
+    mesh = DeviceMesh.from_group(group, device.type)
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": True,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=resolve_compute_dtype(dtype_dict[precision.param_dtype], device),
+            reduce_dtype=resolve_compute_dtype(dtype_dict[precision.reduce_dtype], device),
+        ),
+    }
+    for name, part in model.items():
+        if name == "backbone":
+            units = list(part.wrap_units())
+            for unit in units:
+                fully_shard(unit, **options)
+            _prefetch_neighbours(units)
+        fully_shard(part, **options)
+        if name == "backbone":
+            register_fsdp_forward_method(part, "get_intermediate_layers")
+
+
+def _prefetch_neighbours(units: Sequence[nn.Module]) -> None:
+    """Gather the next unit's parameters while one computes, forward and backward."""
+    for before, after in zip(units, units[1:], strict=False):
+        before.set_modules_to_forward_prefetch([after])
+        after.set_modules_to_backward_prefetch([before])

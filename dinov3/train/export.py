@@ -1,0 +1,77 @@
+"""Export of the EMA teacher for evaluation."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from dinov3 import distributed
+from dinov3.checkpointer import save_checkpoint
+from dinov3.train.ssl_meta_arch import SSLMetaArch
+
+logger = logging.getLogger("dinov3")
+
+TEACHER_FILE = "teacher_checkpoint.pth"
+
+
+def do_test(cfg: Any, model: SSLMetaArch, iteration: str, process_group: Any, do_low_freq: bool = False) -> None:
+    """Write the EMA teacher to `<output>/eval/<iteration>/` and, as the newest, to `<output>/teacher_checkpoint.pth`.
+
+    The consolidated file is `{"teacher": {"backbone.…", "dino_head.…", "ibot_head.…"}}`; with
+    `train.sharded_eval_checkpoint` the folder holds a sharded checkpoint instead.
+
+    Args:
+        cfg: merged configuration.
+        model: holder of `model_ema`.
+        iteration: name of the export, `training_<i>`.
+        process_group: the group over which the teacher is sharded; all its ranks call this.
+        do_low_freq: accepted and unused.
+    """
+    output_dir = Path(cfg.train.output_dir)
+    folder = output_dir / "eval" / iteration
+    teacher = consolidated_state(model.model_ema)
+    if cfg.train.sharded_eval_checkpoint:
+        save_checkpoint(
+            folder / "sharded_teacher_checkpoint",
+            iteration=iteration,
+            model=model.model_ema,
+            process_group=process_group,
+        )
+    if not distributed.is_subgroup_main_process():
+        return
+    newest = output_dir / TEACHER_FILE
+    if cfg.train.sharded_eval_checkpoint:
+        write_atomically({"teacher": teacher}, newest)
+    else:
+        write_atomically({"teacher": teacher}, folder / TEACHER_FILE)
+        link_atomically(folder / TEACHER_FILE, newest)
+    logger.info("Exported the teacher to %s and %s", folder, newest)
+
+
+def consolidated_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The full state dict on the CPU of the first rank (empty elsewhere); collective over the sharding group."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {key: value.cpu() for key, value in get_model_state_dict(module, options=options).items()}
+
+
+def write_atomically(content: Any, path: Path) -> None:
+    """`torch.save` to a temporary neighbour, then rename: readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def link_atomically(source: Path, path: Path) -> None:
+    """Make `path` another name of `source`, replacing what was there (hard link: no second copy of the data)."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(source, temporary)
+    os.replace(temporary, path)

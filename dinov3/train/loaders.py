@@ -1,0 +1,84 @@
+"""Training data loaders from a configuration."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from dinov3 import distributed
+from dinov3.data import (
+    MaskingGenerator,
+    SamplerType,
+    collate_data_and_cast,
+    make_data_loader,
+    make_dataset,
+)
+from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.utils.device import default_device
+from dinov3.utils.dtype import dtype_dict, resolve_compute_dtype
+
+CROP_KEYS = ("global_crops_size", "local_crops_size", "gram_teacher_crops_size", "global_local_crop_pairs_ratios")
+
+
+def _no_target(_: Any) -> tuple[()]:
+    return ()
+
+
+def build_data_loader_from_cfg(cfg: Any, model: SSLMetaArch, start_iter: int) -> Iterable[Any]:
+    """The loader of one resolution, positioned at `start_iter`.
+
+    The order of the data, crops and masks depend on `train.seed`, the iteration, the sample and the rank only.
+    """
+    multi = bool(cfg.multidistillation.enabled)
+    world, subgroup = distributed.get_world_size(), distributed.get_subgroup_size()
+    batch_size, local_batch_size = cfg.train.batch_size_per_gpu, None
+    if multi:
+        total = cfg.multidistillation.global_batch_size
+        batch_size, local_batch_size = -(-total // world), total // subgroup
+
+    dataset = make_dataset(
+        dataset_str=cfg.train.dataset_path,
+        transform=model.build_data_augmentation_dino(cfg),
+        target_transform=_no_target,
+    )
+    sharded = cfg.train.cache_dataset and not isinstance(dataset, IterableDataset)
+    return make_data_loader(
+        dataset=dataset,
+        batch_size=batch_size,
+        num_workers=cfg.train.num_workers,
+        shuffle=True,
+        seed=cfg.train.seed + 1,
+        sampler_type=SamplerType.SHARDED_INFINITE if sharded else SamplerType.INFINITE,
+        drop_last=True,
+        collate_fn=_build_collate(cfg, local_batch_size),
+        draw_seed=cfg.train.seed,
+        start_iteration=start_iter,
+    )
+
+
+def _build_collate(cfg: Any, local_batch_size: int | None) -> partial[dict[str, Any]]:
+    size = cfg.crops.global_crops_size
+    patch_size = int(cfg.student.patch_size * cfg.crops.teacher_to_student_resolution_scale)
+    grid = size // patch_size
+    return partial(
+        collate_data_and_cast,
+        mask_ratio_tuple=tuple(cfg.ibot.mask_ratio_min_max),
+        mask_probability=cfg.ibot.mask_sample_probability,
+        dtype=resolve_compute_dtype(dtype_dict[cfg.compute_precision.param_dtype], default_device()),
+        n_tokens=grid**2,
+        mask_generator=MaskingGenerator(
+            input_size=(grid, grid), max_num_patches=0.5 * size // patch_size * size // patch_size
+        ),
+        random_circular_shift=cfg.ibot.mask_random_circular_shift,
+        local_batch_size=local_batch_size,
+    )
+
+
+def build_multi_resolution_data_loader_from_cfg(
+    cfg: Any, model: SSLMetaArch, start_iter: int, seed: int = 65537
+) -> Iterable[Any]:
+    """One loader per entry of the crop-size lists, mixed by their ratios; every rank draws the same resolution.
+
+    Scalars count as lists of one entry; then that loader itself is returned.
+    """

@@ -1,0 +1,253 @@
+"""The self-supervised training loop: what happens around each `forward_backward`.
+
+Everything random in an iteration is a function of (seed, iteration, rank): a run that was killed and started again
+computes the same losses as one that was not, bit for bit on a CPU.
+"""
+
+import gc
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov3 import distributed
+from dinov3.checkpointer import (
+    find_latest_checkpoint,
+    keep_checkpoint_copy,
+    keep_last_n_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from dinov3.checkpointer.random_state import RandomState
+from dinov3.logging import MetricLogger
+from dinov3.train.export import do_test
+from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg
+from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer, clip_gradients
+from dinov3.train.schedules import build_schedulers
+from dinov3.train.ssl_meta_arch import Metrics, SSLMetaArch
+
+logger = logging.getLogger("dinov3")
+nan_logger = logging.getLogger("nan_logger")
+
+LOG_PERIOD = 10
+GARBAGE_COLLECTION_PERIOD = 150
+MAX_NON_FINITE_IN_A_ROW = 2
+
+
+class NonFinitePolicy:
+    """Count iterations in a row whose loss is not finite on some rank; too many end the training.
+
+    Args:
+        patience: iterations in a row that are skipped; one more is an error. None: never an error.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.in_a_row = 0
+
+    def skips(self, iteration: int, total_loss: Tensor, metrics: Mapping[str, Any]) -> bool:
+        """Whether to skip the optimizer step, so that weights and moments stay valid.
+
+        Collective over the process subgroup: all ranks decide alike.
+
+        Raises:
+            RuntimeError: the patience is exhausted.
+        """
+        finite = [
+            bool(loss.isfinite().all())
+            for loss in distributed.gather_all_tensors(total_loss, group=distributed.get_process_subgroup())
+        ]
+        if all(finite):
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        ranks = [rank for rank, fine in enumerate(finite) if not fine]
+        values = {name: float(value) for name, value in metrics.items()}
+        message = f"Loss is not finite at iteration {iteration} on ranks {ranks} ({self.in_a_row} in a row): {values}"
+        logger.warning("%s; the step is skipped", message)
+        nan_logger.warning(message)
+        if self.patience is not None and self.in_a_row > self.patience:
+            raise RuntimeError(
+                f"{message}. The newest checkpoint holds weights from before; resume from it with a lower "
+                "learning rate or gradient clipping, or look for broken images"
+            )
+        return True
+
+
+def seed_iteration(seed: int, iteration: int) -> None:
+    """Make this iteration's random draws (drop path, RoPE augmentation) a function of seed, iteration and rank."""
+    key = (seed & 0xFFFF) << 44 | (distributed.get_rank() & 0xFFFF) << 28 | (iteration & 0xFFFFFFF)
+    torch.manual_seed(key)
+
+
+class TrainingRun:
+    """One training: model, optimizer, schedules and the iteration that comes next.
+
+    Args:
+        cfg: merged configuration.
+        model: an `SSLMetaArch` on its device.
+        resume: continue from the newest checkpoint in the output folder, if there is one.
+    """
+
+    def __init__(self, cfg: Any, model: SSLMetaArch, resume: bool) -> None:
+        self.cfg, self.model = cfg, model
+        self.output_dir = Path(cfg.train.output_dir)
+        self.ckpt_dir = self.output_dir / "ckpt"
+        self.group = distributed.get_process_subgroup()
+        model.train()
+        self.optimizer = build_optimizer(cfg, model.get_params_groups())
+        self.schedules = build_schedulers(cfg)
+        self.total_iterations = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+        self.random_state = RandomState()
+        self.metric_logger = MetricLogger(delimiter="  ", output_file=str(self.output_dir / "training_metrics.json"))
+        multi_distillation = bool(cfg.multidistillation.enabled)
+        self.non_finite = NonFinitePolicy(None if multi_distillation else MAX_NON_FINITE_IN_A_ROW)
+        model.init_weights()
+        self.start_iteration = self._resume() if resume else 0
+        self.n_gram_updates = model.gram_lifecycle.updates_before(self.start_iteration)
+
+    def _resume(self) -> int:
+        latest = find_latest_checkpoint(self.ckpt_dir)
+        if latest is None:
+            logger.info("No checkpoint in %s: training starts from its initial weights", self.ckpt_dir)
+            return 0
+        logger.info("Resuming from %s", latest)
+        iteration = load_checkpoint(
+            latest,
+            model=self.model,
+            optimizer=self.optimizer,
+            strict_loading=False,
+            process_group=self.group,
+            **self._extra_state(),
+        )
+        start = iteration + 1
+        if self.model.gram_lifecycle.initialized_before(start):
+            self.model.gram_teacher_initialized = True
+        drop_rows_from(self.output_dir / "training_metrics.json", start)
+        return start
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {"random_state": self.random_state, "metric_logger": self.metric_logger}
+
+    def batches(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """(iteration, batch) pairs from the start iteration to the end, with log lines on the way."""
+        loader = build_multi_resolution_data_loader_from_cfg(self.cfg, self.model, self.start_iteration)
+        logged = self.metric_logger.log_every(
+            loader,
+            print_freq=LOG_PERIOD,
+            header="Training",
+            n_iterations=self.total_iterations,
+            start_iteration=self.start_iteration,
+        )
+        yield from zip(range(self.start_iteration, self.total_iterations), logged, strict=False)
+
+    def step(self, iteration: int, batch: Mapping[str, Any]) -> Metrics:
+        """One optimization step; returns the metrics to log."""
+        lr, wd, momentum, teacher_temp, last_layer_lr = (schedule[iteration] for schedule in self.schedules)
+        apply_optim_scheduler(self.optimizer, lr, wd, last_layer_lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        total_loss, metrics = self.model.forward_backward(batch, teacher_temp=teacher_temp, iteration=iteration)
+        metrics |= clip_gradients(self.model.student, self.cfg.optim.clip_grad)
+        if not self.non_finite.skips(iteration, total_loss, metrics):
+            self.optimizer.step()
+            self.model.update_ema(momentum)
+        if self.model.gram_lifecycle.refreshes_after(iteration, self.n_gram_updates):
+            self.model.update_gram()
+            self.n_gram_updates += 1
+        scheduled = {"lr": lr, "wd": wd, "mom": momentum, "last_layer_lr": last_layer_lr}
+        return scheduled | {"total_loss": total_loss} | metrics
+
+    def log(self, metrics: Metrics) -> None:
+        """Hand the metrics, averaged over the process subgroup, to the meters (no wait for the device)."""
+        self.metric_logger.update(**average_over_ranks(metrics))
+
+    def after_iteration(self, iteration: int) -> None:
+        """Export and checkpoint where they are due, and always after the last iteration."""
+        done, last = iteration + 1, iteration + 1 == self.total_iterations
+        period = self.cfg.evaluation.eval_period_iterations
+        if last or (period > 0 and done % period == 0):
+            do_test(self.cfg, self.model, f"training_{iteration}", self.group)
+        if last or done % self.cfg.checkpointing.period == 0:
+            self.save(iteration)
+
+    def save(self, iteration: int) -> None:
+        """Write `ckpt/<iteration>`, drop old ones, and keep a permanent copy where `keep_every` asks for it."""
+        path = self.ckpt_dir / str(iteration)
+        save_checkpoint(
+            path,
+            iteration=iteration,
+            model=self.model,
+            optimizer=self.optimizer,
+            process_group=self.group,
+            **self._extra_state(),
+        )
+        if not distributed.is_subgroup_main_process():
+            return
+        keep_last_n_checkpoints(self.ckpt_dir, self.cfg.checkpointing.max_to_keep)
+        if (iteration + 1) % self.cfg.checkpointing.keep_every == 0:
+            keep_checkpoint_copy(path)
+
+
+def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, float]:
+    """Train to the end; returns the average of every metric over the iterations of this call.
+
+    Raises:
+        RuntimeError: the loss was not finite for too many iterations in a row.
+    """
+    run = TrainingRun(cfg, model, resume)
+    if run.start_iteration >= run.total_iterations:
+        logger.info("Nothing to do: all %d iterations are done", run.total_iterations)
+        do_test(cfg, model, f"training_{run.start_iteration - 1}", run.group)
+        return {}
+    gc.disable()  # a collection in one process makes all others wait: collect together, at known iterations
+    gc.collect()
+    try:
+        for iteration, batch in run.batches():
+            if (iteration + 1) % GARBAGE_COLLECTION_PERIOD == 0:
+                gc.collect()
+            seed_iteration(cfg.train.seed, iteration)
+            if model.gram_lifecycle.loads_ema_before(iteration):
+                model.gram_load_ema_teacher()
+            run.log(run.step(iteration, batch))
+            run.after_iteration(iteration)
+    finally:
+        gc.enable()
+    run.metric_logger.synchronize_between_processes()
+    return {name: meter.global_avg for name, meter in run.metric_logger.meters.items()}
+
+
+def average_over_ranks(metrics: Metrics) -> Metrics:
+    """Mean of every metric over the process subgroup, in one collective; unchanged for one process."""
+    group = distributed.get_process_subgroup()
+    if distributed.get_world_size(group) == 1:
+        return metrics
+    device = next(value.device for value in metrics.values() if isinstance(value, Tensor))
+    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in metrics.values()])
+    torch.distributed.all_reduce(stacked, op=torch.distributed.ReduceOp.SUM, group=group)
+    return dict(zip(metrics, stacked / distributed.get_world_size(group), strict=True))
+
+
+def drop_rows_from(metrics_file: Path, iteration: int) -> None:
+    """Remove the rows of iterations that are about to be done again, so that each stands in the file once.
+
+    A last line that was cut off when the run was killed is dropped too. Main process of the subgroup only.
+    """
+    if not distributed.is_subgroup_main_process() or not metrics_file.exists():
+        return
+    kept = [line for line in metrics_file.read_text().splitlines() if _iteration_of(line) < iteration]
+    temporary = metrics_file.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(temporary, metrics_file)
+
+
+def _iteration_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,524 @@
+"""`SSLMetaArch`: student, teachers and losses of DINOv3's self-supervised objective, for one iteration.
+
+Shapes: G = 2 global crops, L local crops, B samples per process, D channels, P patches of a global crop, K prototypes,
+M masked patches. Stacked batches are crop-major: row = crop * B + sample. What happens around an iteration (schedules,
+optimizer, checkpoints) is in `dinov3.train.loop`.
+"""
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.checkpointer import init_fsdp_model_from_checkpoint
+from dinov3.configs.config import load_teacher_config
+from dinov3.data import DataAugmentationDINO
+from dinov3.fsdp.ac_compile_parallelize import ac_compile_parallelize
+from dinov3.loss import DINOLoss, GramLoss, KoLeoLoss, KoLeoLossDistributed, iBOTPatchLoss
+from dinov3.train.gram import (
+    GramLifecycle,
+    masked_and_unmasked_gram,
+    resize_patch_features,
+    select_tokens,
+    square_or_crop_grid,
+)
+from dinov3.train.objectives import dino_pair_scales, loss_weight_schedule, weight_at
+from dinov3.train.param_groups import fuse_params_groups, get_params_groups_with_decay_fsdp
+from dinov3.train.teachers import (
+    HEADS,
+    LOSS_CENTERS,
+    NOT_SHARDED,
+    build_distillation_teacher,
+    build_student_and_teacher,
+    fill_with_invalid_values,
+    follow,
+)
+
+logger = logging.getLogger("dinov3")
+
+N_GLOBAL_CROPS = 2
+
+Outputs = dict[str, Tensor]
+Metrics = dict[str, Tensor | float]
+
+
+class SSLMetaArch(nn.Module):
+    """The DINOv3 objective: DINO + iBOT + KoLeo, with optional Gram anchoring and distillation.
+
+    Sub-modules: `student` (backbone, dino_head, ibot_head), `teacher`, `model_ema` (the same object as `teacher`,
+    except in distillation, where `teacher` is the frozen model), `gram_teacher` (backbone only, or None), and the
+    losses.
+
+    Args:
+        cfg: a merged training configuration (`dinov3.configs`).
+
+    Raises:
+        ValueError: the configuration contradicts itself.
+
+    Source: DINOv3 (arXiv 2508.10104), sections 3 and 4; DINOv2 (arXiv 2304.07193), section 4.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.gram_lifecycle = GramLifecycle.from_config(cfg.gram)
+        self.gram_teacher_initialized = self.gram_lifecycle.ema_teacher
+
+        self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
+        self.ibot_patch_loss = iBOTPatchLoss(cfg.ibot.head_n_prototypes)
+        self.koleo_loss = self._build_koleo_loss(cfg.dino)
+        self.gram_loss = GramLoss(
+            apply_norm=cfg.gram.normalized,
+            img_level=cfg.gram.img_level,
+            remove_neg=cfg.gram.remove_neg,
+            remove_only_teacher_neg=cfg.gram.remove_only_teacher_neg,
+        )
+
+        self.student, ema, self.embed_dim = build_student_and_teacher(cfg)
+        self.teacher: nn.ModuleDict = ema
+        self.model_ema: nn.ModuleDict = ema
+        if cfg.distillation.enabled:
+            self.teacher = build_distillation_teacher(cfg, load_teacher_config(cfg.distillation.full_cfg_path))
+        self.gram_teacher: nn.ModuleDict | None = None
+        if self.gram_lifecycle.has_own_teacher:
+            _, other, _ = build_student_and_teacher(cfg)
+            self.gram_teacher = nn.ModuleDict({"backbone": other["backbone"]})
+
+        self.n_local_crops: int = cfg.crops.local_crops_number
+        reweighted, gram_schedule = cfg.dino.reweight_dino_local_loss, cfg.gram.loss_weight_schedule
+        self.dino_local_weights = loss_weight_schedule(cfg, cfg.dino.local_loss_weight_schedule) if reweighted else None
+        self.gram_weights = loss_weight_schedule(cfg, gram_schedule) if gram_schedule else None
+
+    @staticmethod
+    def _build_koleo_loss(dino: Any) -> nn.Module:
+        if dino.koleo_loss_distributed:
+            return KoLeoLossDistributed(topk=dino.koleo_topk, loss_group_size=dino.koleo_distributed_loss_group_size)
+        return KoLeoLoss()
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def prepare_for_distributed_training(self) -> None:
+        """Set up activation checkpointing, compilation and sharding, and put the (still empty) model on its device.
+
+        Afterwards every tensor holds an invalid value until `init_weights` or a checkpoint fills it.
+        """
+        frozen: list[nn.ModuleDict] = [self.model_ema]
+        groups = [distributed.get_process_subgroup()]
+        for extra in (self.gram_teacher, self.teacher if self.teacher is not self.model_ema else None):
+            if extra is not None:
+                frozen.append(extra)
+                groups.append(distributed.get_default_process_group())
+        device = ac_compile_parallelize(
+            self.student,
+            frozen,
+            self.cfg,
+            trained_model_process_group=distributed.get_process_subgroup(),
+            inference_only_models_process_groups=groups,
+        )
+        self.dino_loss.to_empty(device=device)
+        self.ibot_patch_loss.to_empty(device=device)
+        fill_with_invalid_values(self)
+
+    def init_weights(self) -> None:
+        """Give every network its first weights: random, or from the checkpoints that the configuration names."""
+        self.student["backbone"].init_weights()
+        for head in HEADS:
+            self.student[head].init_weights()
+        self.dino_loss.init_weights()
+        self.ibot_patch_loss.init_weights()
+        self.model_ema.load_state_dict(self.student.state_dict())
+
+        load = partial(init_fsdp_model_from_checkpoint, keys_not_sharded=NOT_SHARDED)
+        world, subgroup = distributed.get_default_process_group(), distributed.get_process_subgroup()
+        if self.gram_teacher is not None and self.gram_lifecycle.ckpt:
+            load(
+                self.gram_teacher, self.gram_lifecycle.ckpt, skip_load_keys=(*HEADS, *LOSS_CENTERS), process_group=world
+            )
+            self.gram_teacher_initialized = True
+        if source := self.cfg.student.resume_from_teacher_chkpt:
+            load(self.student, source, skip_load_keys=LOSS_CENTERS, process_group=subgroup)
+            self.model_ema.load_state_dict(self.student.state_dict())
+        if self.cfg.distillation.enabled:
+            self._init_distillation_teacher(partial(load, process_group=world))
+
+    def _init_distillation_teacher(self, load: Any) -> None:
+        source = self.cfg.distillation.checkpoint_path
+        if source != "ignore":
+            load(self.teacher, source, skip_load_keys=LOSS_CENTERS)
+            return
+        logger.warning("distillation.checkpoint_path is 'ignore': the distillation teacher has random weights")
+        for part in self.teacher.values():
+            part.init_weights()
+
+    @torch.no_grad()
+    def update_ema(self, m: float) -> None:
+        """Let the EMA teacher follow the student: ema <- m * ema + (1 - m) * student, parameters only."""
+        follow(self.model_ema.parameters(), self.student.parameters(), m)
+
+    @torch.no_grad()
+    def update_gram(self, m: float = 0) -> None:
+        """Let the Gram teacher follow the EMA teacher: gram <- m * gram + (1 - m) * ema, if there is one."""
+        if self.gram_teacher is None:
+            return
+        logger.info("Refreshing the Gram teacher from the EMA teacher")
+        follow(self.gram_teacher.parameters(), self.model_ema["backbone"].parameters(), m)
+        self._copy_buffers_to_gram_teacher()
+
+    def gram_load_ema_teacher(self) -> None:
+        """Copy the EMA teacher's backbone into the Gram teacher."""
+        self.update_gram(m=0)
+
+    def _copy_buffers_to_gram_teacher(self) -> None:
+        assert self.gram_teacher is not None
+        for mine, theirs in zip(self.gram_teacher.buffers(), self.model_ema["backbone"].buffers(), strict=True):
+            mine.copy_(theirs)
+        self.gram_teacher_initialized = True
+
+    def train(self, mode: bool = True) -> "SSLMetaArch":
+        """Set the training mode; the teachers stay in evaluation mode (no drop path, no random RoPE augmentation)."""
+        super().train(mode)
+        for frozen in (self.teacher, self.model_ema, self.gram_teacher):
+            if frozen is not None:
+                frozen.eval()
+        return self
+
+    def get_maybe_fused_params_for_submodel(self, m: nn.Module) -> list[dict[str, Any]]:
+        """Optimizer groups of one sub-module of the student, merged where equal if `optim.multi_tensor_optim`."""
+        optim = self.cfg.optim
+        groups = get_params_groups_with_decay_fsdp(
+            model=m,
+            lr_decay_rate=optim.layerwise_decay,
+            patch_embed_lr_mult=optim.patch_embed_lr_mult,
+            dino_head_wd_multiplier=optim.dino_head_wd_multiplier,
+            module_name=next((name for name, part in self.student.items() if part is m), ""),
+        )
+        if not optim.multi_tensor_optim:
+            return groups
+        fused = fuse_params_groups(groups)
+        for group in fused:
+            group["foreach"] = True
+            group["fused"] = True
+        return fused
+
+    def get_params_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups of the whole student: backbone, dino_head, ibot_head, in this order."""
+        return [group for m in self.student.values() for group in self.get_maybe_fused_params_for_submodel(m)]
+
+    # -- one iteration -----------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Any) -> Any:
+        """Not defined: an iteration is `forward_backward`."""
+        raise NotImplementedError(
+            "SSLMetaArch has no forward; call forward_backward(data, teacher_temp=..., iteration=...)"
+        )
+
+    def forward_backward(
+        self, data: Mapping[str, Any], *, teacher_temp: float, iteration: int = 0, **ignored_kwargs: Any
+    ) -> tuple[Tensor, Metrics]:
+        """One iteration: forward of teacher and student, losses, backward (gradients are accumulated into the student).
+
+        Args:
+            data: a collated batch (`dinov3.data.collate_data_and_cast`).
+            teacher_temp: temperature of the Sinkhorn-Knopp targets.
+            iteration: 0-based, selects scheduled loss weights.
+            ignored_kwargs: accepted and unused.
+
+        Returns:
+            The total loss (scalar) and the metrics, in the order in which they are logged.
+        """
+        device = next(self.student.parameters()).device
+        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in data.items()}
+        n_samples = batch["collated_global_crops"].shape[0] // N_GLOBAL_CROPS
+        metrics: Metrics = {
+            "local_batch_size": float(n_samples),
+            "global_batch_size": float(batch.get("global_batch_size", n_samples)),
+        }
+        total, losses = self._forward_and_losses(batch, teacher_temp, iteration)
+        self.backprop_loss(total)
+        return total.detach(), metrics | losses
+
+    def _forward_and_losses(
+        self, batch: Mapping[str, Any], teacher_temp: float, iteration: int
+    ) -> tuple[Tensor, Metrics]:
+        global_crops = batch["collated_global_crops"].unflatten(0, (N_GLOBAL_CROPS, -1))  # [G, B, 3, H, W]
+        local_crops = batch["collated_local_crops"].unflatten(0, (self.n_local_crops, -1))  # [L, B, 3, h, w]
+        masks, mask_indices = batch["collated_masks"], batch["mask_indices_list"]
+        teacher_global = self.get_teacher_output(
+            global_crops,
+            teacher_temp=teacher_temp,
+            n_masked_patches_tensor=batch["n_masked_patches"],
+            mask_indices_list=mask_indices,
+            upperbound=batch.get("upperbound"),
+        )
+        student_global, student_local = self.get_student_output(
+            global_crops=global_crops,
+            local_crops=local_crops,
+            masks=masks,
+            mask_indices_list=mask_indices,
+            upperbound=batch.get("upperbound"),
+        )
+        gram_global = None
+        if self.gram_lifecycle.use_loss:
+            gram_global = self.get_gram_teacher_output(
+                batch.get("collated_gram_teacher_crops"),
+                masks=masks,
+                teacher_global=teacher_global,
+                student_global=student_global,
+                student_global_crops_size=tuple(global_crops.shape[-2:]),
+            )
+        return self.compute_losses(
+            teacher_global=teacher_global,
+            student_global=student_global,
+            student_local=student_local,
+            gram_global=gram_global,
+            masks=masks,
+            mask_indices_list=mask_indices,
+            masks_weight=batch["masks_weight"],
+            iteration=iteration,
+        )
+
+    @torch.no_grad()
+    def get_teacher_output(
+        self,
+        images: Tensor,
+        *,
+        mask_indices_list: Tensor,
+        teacher_temp: float,
+        n_masked_patches_tensor: Tensor,
+        upperbound: int | None = None,
+    ) -> Outputs:
+        """Targets: the teacher on unmasked global crops.
+
+        Args:
+            images: [G, B, 3, H, W].
+            mask_indices_list: [M] int64, positions of the masked patches in the flattened [G*B, P] masks.
+            teacher_temp: temperature of the targets.
+            n_masked_patches_tensor: [1] int64, M of this process.
+            upperbound: accepted and unused.
+
+        Returns:
+            `cls_pre_head` [G, B, D], `reg_pre_head` [G, B, R, D], `patch_pre_head` [G, B, P, D], `cls_after_head`
+            [G, B, K], `cls_centered` [G, B, K] (rows sum to 1), `masked_patch_centered` [M, K of iBOT].
+        """
+        crops_and_samples = images.shape[:2]
+        tokens = self.teacher["backbone"](images.flatten(0, 1), is_training=True)
+        cls, patches = tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]  # [G*B, D], [G*B, P, D]
+        masked = patches.flatten(0, 1).index_select(0, mask_indices_list)  # [M, D]
+        masked_logits = self.teacher["ibot_head"](masked)
+        cls_logits = self.teacher["dino_head"](cls)
+        return {
+            "cls_pre_head": cls.unflatten(0, crops_and_samples),
+            "reg_pre_head": tokens["x_storage_tokens"].unflatten(0, crops_and_samples),
+            "patch_pre_head": patches.unflatten(0, crops_and_samples),
+            "cls_after_head": cls_logits.unflatten(0, crops_and_samples),
+            "cls_centered": self.dino_loss.sinkhorn_knopp_teacher(cls_logits, teacher_temp=teacher_temp).unflatten(
+                0, crops_and_samples
+            ),
+            "masked_patch_centered": self.ibot_patch_loss.sinkhorn_knopp_teacher(
+                masked_logits, teacher_temp=teacher_temp, n_masked_patches_tensor=n_masked_patches_tensor
+            ),
+        }
+
+    def get_student_output(
+        self,
+        *,
+        global_crops: Tensor,
+        local_crops: Tensor,
+        masks: Tensor,
+        mask_indices_list: Tensor,
+        upperbound: int | None = None,
+    ) -> tuple[Outputs, Outputs]:
+        """The student on masked global crops and on local crops, in one pass over the backbone.
+
+        Args:
+            global_crops, local_crops: [G, B, 3, H, W] and [L, B, 3, h, w].
+            masks: [G*B, P] bool; not applied in distillation, whose student sees unmasked crops.
+            mask_indices_list: [M] int64.
+            upperbound: accepted and unused.
+
+        Returns:
+            (global, local) dictionaries: `cls_pre_head` [S, B, D], `reg_pre_head`, `patch_pre_head`, `cls_after_head`
+            [S, B, K]; the global one also `masked_patch_pre_head` [M, D], `masked_patch_after_head` [M, K of iBOT].
+        """
+        n_global, n_samples = global_crops.shape[:2]
+        seen_masks = None if self.cfg.distillation.enabled else masks
+        tokens_global, tokens_local = self.student["backbone"](
+            [global_crops.flatten(0, 1), local_crops.flatten(0, 1)], masks=[seen_masks, None], is_training=True
+        )
+        masked = tokens_global["x_norm_patchtokens"].flatten(0, 1).index_select(0, mask_indices_list)  # [M, D]
+        masked_logits = self.student["ibot_head"](masked)
+        both_cls = torch.cat([tokens_global["x_norm_clstoken"], tokens_local["x_norm_clstoken"]])  # [(G+L)*B, D]
+        cls_logits = self.student["dino_head"](both_cls).split(
+            [n_global * n_samples, len(both_cls) - n_global * n_samples]
+        )
+
+        def outputs(tokens: Outputs, logits: Tensor) -> Outputs:
+            return {
+                "cls_pre_head": tokens["x_norm_clstoken"].unflatten(0, (-1, n_samples)),
+                "reg_pre_head": tokens["x_storage_tokens"].unflatten(0, (-1, n_samples)),
+                "patch_pre_head": tokens["x_norm_patchtokens"].unflatten(0, (-1, n_samples)),
+                "cls_after_head": logits.unflatten(0, (-1, n_samples)),
+            }
+
+        student_global = outputs(tokens_global, cls_logits[0])
+        student_global |= {"masked_patch_after_head": masked_logits, "masked_patch_pre_head": masked}
+        return student_global, outputs(tokens_local, cls_logits[1])
+
+    def get_gram_teacher_output(
+        self,
+        images: Tensor | None,
+        *,
+        masks: Tensor,
+        teacher_global: Outputs,
+        student_global: Outputs,
+        student_global_crops_size: tuple[int, int],
+    ) -> Outputs:
+        """Features of student and Gram teacher, on the same patch grid.
+
+        Args:
+            images: [G*B, 3, H', W'] Gram crops, or None when the EMA teacher is the Gram teacher.
+            masks: [G*B, P] bool.
+            teacher_global, student_global: outputs of the two passes over the global crops.
+            student_global_crops_size: (H, W) of the student's crops in pixels.
+
+        Returns:
+            `student_patches`, `target_patches` [G*B, P, D], and those that `gram.tokens_used` selects,
+            `selected_student`, `selected_target`.
+
+        Raises:
+            ValueError: the Gram teacher has no weights yet, or there are no Gram crops in the batch.
+        """
+        student = student_global["patch_pre_head"].flatten(0, 1)
+        if self.gram_lifecycle.ema_teacher:
+            target = teacher_global["patch_pre_head"].flatten(0, 1)
+        else:
+            target = self._gram_teacher_patches(images, student.shape[1], student_global_crops_size)
+        used = self.cfg.gram.tokens_used
+        return {
+            "student_patches": student,
+            "target_patches": target,
+            "selected_student": select_tokens(student, masks, used),
+            "selected_target": select_tokens(target, masks, used),
+        }
+
+    @torch.no_grad()
+    def _gram_teacher_patches(self, images: Tensor | None, n_patches: int, crop_size: tuple[int, int]) -> Tensor:
+        gram = self.cfg.gram
+        if self.gram_teacher is None or not self.gram_teacher_initialized:
+            raise ValueError(
+                "The Gram loss was asked for before the Gram teacher had weights. Give gram.ckpt, set "
+                "gram.it_load_ema_teacher to an iteration that comes first, or resume from a checkpoint that holds one"
+            )
+        if images is None:
+            raise ValueError("The batch holds no Gram crops; set crops.gram_teacher_crops_size")
+        patches = self.gram_teacher["backbone"](images, is_training=True)["x_norm_patchtokens"]
+        if patches.shape[1] == n_patches:
+            return patches
+        patch_size = self.cfg.student.patch_size
+        grid = square_or_crop_grid(patches.shape[1], tuple(images.shape[-2:]), patch_size)
+        to = square_or_crop_grid(n_patches, crop_size, patch_size)
+        return resize_patch_features(
+            patches, grid, to, gram.global_teacher_resize_method, gram.global_teacher_resize_antialias
+        )
+
+    def compute_losses(
+        self,
+        *,
+        teacher_global: Outputs,
+        student_global: Outputs,
+        student_local: Outputs,
+        gram_global: Outputs | None,
+        masks: Tensor,
+        mask_indices_list: Tensor,
+        masks_weight: Tensor,
+        iteration: int,
+    ) -> tuple[Tensor, Metrics]:
+        """The weighted sum of all terms, and each term by its metric name.
+
+        Terms are computed even where their weight is 0, so that they are always logged.
+        """
+        cfg = self.cfg
+        n_global, n_local = student_global["cls_after_head"].shape[0], student_local["cls_after_head"].shape[0]
+        ignore_diagonal = cfg.dino.global_ignore_diagonal
+        global_scale, local_scale = dino_pair_scales(n_global, n_local, ignore_diagonal)
+        local_weight = weight_at(self.dino_local_weights, 1.0, iteration)
+        targets = teacher_global["cls_centered"]
+
+        dino_local = self.dino_loss(student_local["cls_after_head"], targets)
+        dino_global = self.dino_loss(student_global["cls_after_head"], targets, ignore_diagonal=ignore_diagonal)
+        koleo = torch.stack([self.koleo_loss(crop) for crop in student_global["cls_pre_head"]]).mean()
+        ibot = self.ibot_patch_loss.forward_masked(
+            student_global["masked_patch_after_head"],
+            teacher_global["masked_patch_centered"],
+            student_masks_flat=masks,
+            n_masked_patches=mask_indices_list.shape[0],
+            masks_weight=masks_weight,
+        )
+        total = cfg.dino.loss_weight * (local_scale * local_weight * dino_local + global_scale * dino_global)
+        total = total + cfg.dino.koleo_loss_weight * n_global * koleo + cfg.ibot.loss_weight * ibot
+        metrics: Metrics = {
+            "dino_local_crops_loss": dino_local.detach(),
+            "dino_local_loss_weight": local_weight,
+            "dino_global_crops_loss": dino_global.detach(),
+            "koleo_loss": koleo.detach(),
+            "ibot_loss": ibot.detach(),
+        }
+        if gram_global is None:
+            return total, metrics
+        gram_weight, gram, gram_metrics = self._gram_terms(gram_global, masks, iteration)
+        return total + gram_weight * gram, metrics | gram_metrics
+
+    def _gram_terms(self, gram_global: Outputs, masks: Tensor, iteration: int) -> tuple[float, Tensor, Metrics]:
+        weight = weight_at(self.gram_weights, self.cfg.gram.loss_weight, iteration)
+        loss = self.gram_loss(
+            gram_global["selected_student"], gram_global["selected_target"], img_level=self.cfg.gram.img_level
+        )
+        metrics: Metrics = {"gram_loss_weight": weight, "gram_loss": loss.detach()}
+        if self.cfg.gram.compute_stats:
+            patches = gram_global["student_patches"], gram_global["target_patches"]
+            metrics |= masked_and_unmasked_gram(self.gram_loss, *patches, masks)
+        return weight, loss, metrics
+
+    def backprop_loss(self, loss: Tensor) -> None:
+        """Backward pass of the total loss."""
+        loss.backward()
+
+    # -- data and process groups -------------------------------------------------------------------------------------
+
+    def build_data_augmentation_dino(self, cfg: Any) -> DataAugmentationDINO:
+        """The multi-crop augmentation that the `crops` section describes."""
+        crops = cfg.crops
+        # Gram crops cost a decode and a resize each: made only where a Gram teacher looks at them.
+        gram_size = crops.gram_teacher_crops_size if GramLifecycle.from_config(cfg.gram).has_own_teacher else None
+        return DataAugmentationDINO(
+            crops.global_crops_scale,
+            crops.local_crops_scale,
+            crops.local_crops_number,
+            global_crops_size=crops.global_crops_size,
+            local_crops_size=crops.local_crops_size,
+            gram_teacher_crops_size=gram_size,
+            gram_teacher_no_distortions=crops.gram_teacher_no_distortions,
+            local_crops_subset_of_global_crops=crops.localcrops_subset_of_globalcrops,
+            patch_size=cfg.student.patch_size,
+            share_color_jitter=crops.share_color_jitter,
+            horizontal_flips=crops.horizontal_flips,
+            mean=crops.rgb_mean,
+            std=crops.rgb_std,
+        )
+
+    @staticmethod
+    def broadcast_to_subgroups(tensor: Tensor, over_dim: int, global_batch_size: int | None = None) -> Tensor:
+        """This rank's share, within its subgroup, of what all ranks hold.
+
+        All-gathers over the world, concatenates in rank order along `over_dim`, keeps the first `global_batch_size`
+        entries (None: all), splits them into as many chunks as the subgroup has ranks and returns this rank's chunk.
+        Without a process group: the first `global_batch_size` entries.
+        """
+        gathered = torch.cat(distributed.gather_all_tensors(tensor.contiguous()), dim=over_dim)
+        size = gathered.shape[over_dim] if global_batch_size is None else global_batch_size
+        chunks = gathered.narrow(over_dim, 0, size).chunk(distributed.get_subgroup_size(), dim=over_dim)
+        return chunks[distributed.get_subgroup_rank()].contiguous()

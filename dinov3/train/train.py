@@ -1,0 +1,156 @@
+"""Self-supervised training: the script, its arguments, and the steps from a configuration to a trained teacher.
+
+    python dinov3/train/train.py --config-file CONFIG.yaml --output-dir OUT [key=value ...]
+
+The same runs under torchrun and through `python -m dinov3.run.submit`. The loop itself is in `dinov3.train.loop`.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinov3 import distributed
+from dinov3.checkpointer import find_latest_checkpoint, load_checkpoint
+from dinov3.configs import exit_job, setup_config, setup_multidistillation
+from dinov3.configs.check import check_config
+from dinov3.logging import setup_logging
+from dinov3.run.init import job_context
+from dinov3.train.export import do_test
+from dinov3.train.loaders import build_data_loader_from_cfg, build_multi_resolution_data_loader_from_cfg
+from dinov3.train.loop import do_train
+from dinov3.train.multidist_meta_arch import MultiDistillationMetaArch
+from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer
+from dinov3.train.schedules import build_schedulers, build_schedulers_v2
+from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.utils import count_parameters
+
+__all__ = [
+    "apply_optim_scheduler",
+    "build_data_loader_from_cfg",
+    "build_multi_resolution_data_loader_from_cfg",
+    "build_optimizer",
+    "build_schedulers",
+    "build_schedulers_v2",
+    "do_test",
+    "do_train",
+    "get_args_parser",
+    "main",
+]
+
+logger = logging.getLogger("dinov3")
+
+torch.backends.cuda.matmul.allow_tf32 = True  # as in the published training
+torch.backends.cudnn.benchmark = False
+
+META_ARCHITECTURES = {"SSLMetaArch": SSLMetaArch, "MultiDistillationMetaArch": MultiDistillationMetaArch}
+IGNORED = "accepted for compatibility, without effect"
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """The command line of the training script."""
+    parser = argparse.ArgumentParser(
+        "dinov3 training",
+        add_help=add_help,
+        allow_abbrev=False,
+        description="Self-supervised training of a DINOv3 backbone.",
+        epilog="Example: train.py --config-file dinov3/configs/train/vitl_im1k_lin834.yaml --output-dir runs/vitl "
+        "train.dataset_path=ImageFolder:root=<images> train.batch_size_per_gpu=32",
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file, merged over the defaults")
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start anew although the output folder has checkpoints"
+    )
+    parser.add_argument(
+        "--eval-only", action="store_true", help="export the teacher of the newest checkpoint, then stop"
+    )
+    parser.add_argument("--output-dir", default="./local_dino", help="folder for checkpoints, logs and exports")
+    parser.add_argument("--seed", default=0, type=int, help="seed of weights and random states (data: train.seed)")
+    parser.add_argument("--multi-distillation", action="store_true", help="several students, one per process subgroup")
+    parser.add_argument(
+        "--allow-unknown-keys", action="store_true", help="warn of unknown config keys instead of stopping"
+    )
+    parser.add_argument("--eval", default="", help=IGNORED)
+    parser.add_argument("--eval_pretrained_weights", default="", help=IGNORED)
+    for flag in ("--benchmark-codebase", "--test-ibot", "--profiling", "--dump-fsdp-weights", "--record_ref_losses"):
+        parser.add_argument(flag, action="store_true", help=IGNORED)
+    parser.add_argument("--ref_losses_path", default="", help=IGNORED)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="key=value", help="overrides; they come last")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed arguments; options after the overrides are refused instead of being swallowed by them."""
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if misplaced := [option for option in args.opts if option.startswith("-")]:
+        parser.error(f"options must come before the key=value overrides; found after them: {' '.join(misplaced)}")
+    if malformed := [option for option in args.opts if "=" not in option]:
+        parser.error(f"overrides have the form key=value; got: {' '.join(malformed)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says (None: the process's own)."""
+    args = parse_args(argv)
+    if args.multi_distillation:
+        cfg = setup_multidistillation(args)
+        try:
+            _run(cfg, args)
+        finally:
+            exit_job()
+        return
+    with job_context(output_dir=args.output_dir, seed=args.seed):
+        cfg = setup_config(args, strict_cfg=False)
+        setup_logging(output=str(Path(args.output_dir, "nan_logs")), name="nan_logger")
+        _run(cfg, args)
+
+
+def _run(cfg: Any, args: argparse.Namespace) -> None:
+    check_config(cfg)
+    model = build_meta_arch(cfg, multi_distillation=args.multi_distillation)
+    if args.eval_only:
+        export_newest(cfg, model)
+        return
+    do_train(cfg, model, resume=not args.no_resume)
+
+
+def build_meta_arch(cfg: Any, *, multi_distillation: bool) -> SSLMetaArch:
+    """The meta architecture of the configuration, allocated on its device, its tensors not yet initialised.
+
+    Raises:
+        ValueError: `MODEL.META_ARCHITECTURE` is unknown, or doesn't fit `--multi-distillation`.
+    """
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name not in META_ARCHITECTURES:
+        raise ValueError(f"MODEL.META_ARCHITECTURE is {name!r}; expected one of {', '.join(META_ARCHITECTURES)}")
+    if multi_distillation and name != "MultiDistillationMetaArch":
+        raise ValueError(f"--multi-distillation needs MODEL.META_ARCHITECTURE=MultiDistillationMetaArch, got {name}")
+    with torch.device("meta"):
+        model = META_ARCHITECTURES[name](cfg)
+    model.prepare_for_distributed_training()
+    logger.info("%s: %d trained parameters", name, count_parameters(model.student))
+    return model
+
+
+def export_newest(cfg: Any, model: SSLMetaArch) -> None:
+    """Export the EMA teacher of the newest checkpoint.
+
+    Raises:
+        FileNotFoundError: the output folder has no checkpoint.
+    """
+    folder = Path(cfg.train.output_dir, "ckpt")
+    latest = find_latest_checkpoint(folder)
+    if latest is None:
+        raise FileNotFoundError(f"--eval-only: there is no checkpoint in {folder}; train first, or change --output-dir")
+    group = distributed.get_process_subgroup()
+    iteration = load_checkpoint(latest, model=model, strict_loading=False, process_group=group)
+    do_test(cfg, model, f"training_{iteration}", group)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
