@@ -1,0 +1,187 @@
+"""Multi-head self-attention, with rotary positions (backbones) or causal (text)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3.layers.rope_position_encoding import RopeTables, rotate
+from dinov3.utils.tensors import cat_keep_shapes, uncat_with_shapes
+
+
+class LinearKMaskedBias(nn.Linear):
+    """A linear layer for queries, keys and values whose bias is multiplied by `bias_mask`: no bias on the keys.
+
+    The mask (ones, with zeros in the middle third) is a persistent buffer because released files contain it.
+    """
+
+    bias_mask: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if out_features % 3 != 0:
+            raise ValueError(f"out_features holds queries, keys and values: got {out_features}, no multiple of 3")
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("bias_mask", torch.empty_like(self.bias.detach()) if bias else None)
+        self.reset_mask()
+
+    def reset_mask(self) -> None:
+        """Set the mask to ones, and to zeros in its middle third, the keys."""
+        if self.bias_mask is not None:
+            third = self.out_features // 3
+            with torch.no_grad():
+                self.bias_mask.fill_(1)
+                self.bias_mask[third : 2 * third].zero_()
+
+    def masked_bias(self) -> Tensor | None:
+        """The bias that takes effect.
+
+        Not kept between calls: sharded parameters change their values without any sign that a cache could check.
+        """
+        return None if self.bias_mask is None else self.bias * self.bias_mask.to(self.bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        return F.linear(x, self.weight, self.masked_bias())
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional self-attention with rotary positions on queries and keys."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        mask_k_bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        linear = LinearKMaskedBias if mask_k_bias else nn.Linear
+        self.qkv = linear(dim, 3 * dim, bias=qkv_bias, device=device)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, attn_bias: None = None, rope: RopeTables | None = None) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`.
+
+        Args:
+            x: tokens.
+            attn_bias: must be None.
+            rope: sine and cosine tables `[P, d]`, or `[B, 1, P, d]` per sample, of the last P tokens; those before
+                keep their queries and keys.
+        """
+        _refuse_bias(attn_bias)
+        out: Tensor = self.proj_drop(self.proj(self.compute_attention(self.qkv(x), rope)))
+        return out
+
+    def forward_list(
+        self,
+        x_list: Sequence[Tensor],
+        attn_bias: None = None,
+        rope_list: Sequence[RopeTables | None] | None = None,
+    ) -> list[Tensor]:
+        """`forward` of each entry, with one matrix product for all queries, keys and values and one for all outputs."""
+        _refuse_bias(attn_bias)
+        if rope_list is None or len(rope_list) != len(x_list):
+            raise ValueError(f"rope_list needs one entry (tables or None) for each of the {len(x_list)} inputs")
+        flat, shapes, counts = cat_keep_shapes(x_list)
+        qkv_list = uncat_with_shapes(self.qkv(flat), shapes, counts)
+        attended = [self.compute_attention(qkv, rope) for qkv, rope in zip(qkv_list, rope_list, strict=True)]
+        flat, shapes, counts = cat_keep_shapes(attended)
+        return uncat_with_shapes(self.proj_drop(self.proj(flat)), shapes, counts)
+
+    def compute_attention(self, qkv: Tensor, rope: RopeTables | None = None) -> Tensor:
+        """Attention of `[B, N, 3 * D]` queries, keys and values; returns `[B, N, D]`."""
+        B, N, width = qkv.shape
+        qkv = qkv.view(B, N, 3, self.num_heads, width // (3 * self.num_heads))  # [B, N, 3, A, d]
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+        if rope is not None:
+            qk = _apply_rope(qk, rope)
+        q, k, v = (t.transpose(1, 2) for t in (qk[:, :, 0], qk[:, :, 1], v))  # [B, A, N, d]
+        dropout = self.attn_drop if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+
+
+class CausalSelfAttention(nn.Module):
+    """Self-attention for text, causal unless told otherwise, without rotary positions."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_heads(dim, num_heads)
+        self.dim = dim
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def init_weights(
+        self, init_attn_std: float | None = None, init_proj_std: float | None = None, factor: float = 1.0
+    ) -> None:
+        """Normal weights, zero biases.
+
+        Args:
+            init_attn_std: of the query, key and value weights, default dim^-1/2.
+            init_proj_std: of the output weights, default `init_attn_std * factor`.
+            factor: see there; 1 / sqrt(2 * depth) keeps the residual stream of a deep network at the size of its input.
+        """
+        init_attn_std = init_attn_std or self.dim**-0.5
+        nn.init.normal_(self.qkv.weight, std=init_attn_std)
+        nn.init.normal_(self.proj.weight, std=init_proj_std or init_attn_std * factor)
+        for linear in (self.qkv, self.proj):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, is_causal: bool = True) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`; with `is_causal` a token sees itself and those before."""
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, A, N, d]
+        dropout = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)
+        out: Tensor = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        return out
+
+
+def _apply_rope(qk: Tensor, rope: RopeTables) -> Tensor:
+    """Rotate the last tokens of queries and keys `[B, N, 2, A, d]`, as many as the tables have rows."""
+    # [P, d] -> [P, 1, 1, d];  [B, 1, P, d] -> [B, P, 1, 1, d]
+    sin, cos = (t[:, None, None] if t.ndim == 2 else t.transpose(1, 2).unsqueeze(2) for t in rope)
+    n_prefix = qk.shape[1] - sin.shape[-4]
+    if n_prefix == 0:
+        return rotate(qk, (sin, cos)).to(qk.dtype)
+    # The prefix too takes the dtype of the tables and returns, as in the published models.
+    rotated = rotate(qk[:, n_prefix:], (sin, cos))
+    return torch.cat([qk[:, :n_prefix].to(sin.dtype), rotated], dim=1).to(qk.dtype)
+
+
+def _check_heads(dim: int, num_heads: int) -> None:
+    if dim % num_heads != 0:
+        raise ValueError(f"dim ({dim}) must be a multiple of num_heads ({num_heads})")
+
+
+def _refuse_bias(attn_bias: None) -> None:
+    if attn_bias is not None:
+        raise ValueError("attn_bias is not supported: pass None")
