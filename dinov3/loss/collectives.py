@@ -29,17 +29,18 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, ctx.shape = group, x.shape
-        gathered = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
-        return gathered
+        ctx.group, ctx.n_rows = group, x.shape[0]
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grad_outputs
-        mine = grad.new_empty(ctx.shape)
-        dist.reduce_scatter_tensor(mine, grad.contiguous(), group=ctx.group)
-        return mine, None
+        total = grad_outputs[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        first = ctx.group.rank() * ctx.n_rows
+        return total[first : first + ctx.n_rows], None
 
 
 def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -1,91 +1,138 @@
-"""Running a function in several gloo processes on the CPU."""
+"""Run a function on several processes with a gloo group, on this machine's CPU."""
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
-import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
-# Processes are forked from a server that has imported torch once: a second run costs tenths of a second.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "dinov3.distributed"]
-)
+# Processes are forked from a server that has imported torch already: the first launch of a test session pays for the
+# import (4 to 7 s), later ones take less than a second, and no state or thread of the test process is inherited.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "tests.helpers.distributed"])
+
+TIMEOUT_S = 240.0
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
-    """`fn(*args)` in each of `world_size` processes that form the default group; their results in rank order.
+def run_distributed(
+    fn: Callable[..., Any],
+    world_size: int,
+    tmp_path: Path,
+    *args: Any,
+    init_group: bool = True,
+    timeout_s: float = TIMEOUT_S,
+) -> list[Any]:
+    """Call `fn(*args)` on `world_size` processes and return what each of them returned, in rank order.
 
-    `fn` must be importable (defined at the top of a module), its arguments and its result picklable (no tensors that
-    share memory: return `.tolist()` or NumPy arrays). Warnings are errors there too.
+    Args:
+        fn: a function of a module (it is pickled by name); it finds its rank in `torch.distributed`.
+        world_size: number of processes.
+        tmp_path: folder for the rendezvous and the results.
+        args: arguments, pickled.
+        init_group: set up the gloo group before the call. Otherwise only the environment variables of a launch by
+            torchrun are set, for functions that set up the group themselves.
+        timeout_s: for the whole launch.
 
     Raises:
-        AssertionError: a process failed (with its traceback) or took longer than `timeout_s`.
+        RuntimeError: a process failed (with its traceback), died or didn't finish in time. All of them are ended.
     """
-    port = _free_port()
-    started: list[tuple[Any, Connection]] = []
-    for rank in range(world_size):
-        ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=_in_process, args=(theirs, fn, args, rank, world_size, port), daemon=True)
+    folder = tmp_path / f"run_{time.monotonic_ns()}"
+    folder.mkdir(parents=True)
+    environment = _launch_environment(world_size, folder.name)
+    processes = [
+        _CONTEXT.Process(
+            target=_run_rank, args=(rank, environment, folder, init_group, timeout_s, fn, args), daemon=True
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
         process.start()
-        theirs.close()
-        started.append((process, ours))
-    deadline = time.monotonic() + timeout_s
     try:
-        results = []
-        for rank, (process, connection) in enumerate(started):
-            if not connection.poll(max(0.0, deadline - time.monotonic())):
-                raise AssertionError(f"rank {rank} of {fn.__name__} did not answer within {timeout_s} s")
-            try:
-                ok, value = connection.recv()
-            except EOFError:
-                process.join(5)
-                raise AssertionError(f"rank {rank} of {fn.__name__} died with exit code {process.exitcode}") from None
-            assert ok, f"rank {rank} of {fn.__name__} failed:\n{value}"
-            results.append(value)
-        return results
+        _wait(processes, folder, time.monotonic() + timeout_s)
     finally:
-        for process, connection in started:
-            connection.close()
-            process.join(max(0.1, min(10.0, deadline - time.monotonic())))
+        for process in processes:
             if process.is_alive():
                 process.kill()
+            process.join()
+    return [pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _in_process(connection: Connection, fn: Callable[..., Any], args: Any, rank: int, world: int, port: int) -> None:
-    os.environ |= {
-        "TORCHELASTIC_RUN_ID": "test",
+def _launch_environment(world_size: int, run_id: str) -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_RUN_ID": run_id,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
     }
-    import torch
 
-    from dinov3 import distributed
 
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
+def _run_rank(
+    rank: int,
+    environment: dict[str, str],
+    folder: Path,
+    init_group: bool,
+    timeout_s: float,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     try:
-        distributed.enable()
-        answer = (True, fn(*args))
-        distributed.disable()
-    except BaseException:
-        answer = (False, traceback.format_exc())
-    connection.send(answer)
-    connection.close()
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        if init_group:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/rendezvous",
+                rank=rank,
+                world_size=int(environment["WORLD_SIZE"]),
+                timeout=timedelta(seconds=timeout_s),
+            )
+        result = pickle.dumps(fn(*args))
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves early must not close connections that others still use
+            dist.destroy_process_group()
+        _write(folder / f"result_{rank}", result)
+    except BaseException:  # some errors of torch.distributed are no `Exception`; it is reported by the parent
+        _write(folder / f"error_{rank}", traceback.format_exc().encode())
+        os._exit(1)  # at once: other ranks are ended by the parent, waiting for their connections could hang
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+def _write(path: Path, content: bytes) -> None:
+    """Write so that a reader sees all of it or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.rename(path)
+
+
+def _wait(processes: list[BaseProcess], folder: Path, deadline: float) -> None:
+    """Return when all processes have finished; raise as soon as one fails."""
+    while True:
+        failed = [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
+        if failed:
+            time.sleep(0.2)  # the rank that failed first may not be the first whose end is noticed
+            raise RuntimeError("\n".join(_report(rank, process, folder) for rank, process in enumerate(processes)))
+        if all(process.exitcode == 0 for process in processes):
+            return
+        if time.monotonic() > deadline:
+            alive = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+            raise RuntimeError(f"ranks {alive} of {len(processes)} did not finish in time")
+        time.sleep(0.02)
+
+
+def _report(rank: int, process: BaseProcess, folder: Path) -> str:
+    error = folder / f"error_{rank}"
+    return f"rank {rank} (exit code {process.exitcode}): " + (error.read_text() if error.exists() else "no error")
