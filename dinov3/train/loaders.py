@@ -1,19 +1,23 @@
 """Training data loaders from a configuration."""
 
+import copy
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch.utils.data import IterableDataset
 
 from dinov3 import distributed
 from dinov3.data import (
+    CombinedDataLoader,
     MaskingGenerator,
     SamplerType,
     collate_data_and_cast,
     make_data_loader,
     make_dataset,
 )
+from dinov3.data.meta_loaders import choices
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.utils.device import default_device
 from dinov3.utils.dtype import dtype_dict, resolve_compute_dtype
@@ -80,5 +84,41 @@ def build_multi_resolution_data_loader_from_cfg(
 ) -> Iterable[Any]:
     """One loader per entry of the crop-size lists, mixed by their ratios; every rank draws the same resolution.
 
-    Scalars count as lists of one entry; then that loader itself is returned.
+    Scalars count as lists of one entry; then that loader itself is returned. Each loader continues after the batches
+    that were drawn from it in the first `start_iter` iterations.
+
+    Raises:
+        ValueError: the lists differ in length.
     """
+    entries = resolution_entries(cfg.crops)
+    ratios = [entry["global_local_crop_pairs_ratios"] for entry in entries]
+    drawn = np.bincount(choices(seed, ratios, start_iter), minlength=len(entries))
+    loaders = []
+    for i, entry in enumerate(entries):
+        one = copy.deepcopy(cfg)
+        one.crops.update(entry)
+        one.train.seed += i + 1
+        loaders.append(build_data_loader_from_cfg(one, model, int(drawn[i])))
+    if len(loaders) == 1:
+        return loaders[0]
+    return CombinedDataLoader(
+        zip(loaders, ratios, strict=True),
+        batch_size=cfg.train.batch_size_per_gpu,
+        combining_mode=CombinedDataLoader.GLOBAL_HOMOGENEOUS,
+        seed=seed,
+        name="MultiResDL",
+        start_iteration=start_iter,
+    )
+
+
+def resolution_entries(crops: Any) -> list[dict[str, Any]]:
+    """The crop sizes and ratio of each resolution, from equal-length lists (a scalar or null is a list of one)."""
+    columns = {key: _as_list(crops[key]) for key in CROP_KEYS}
+    if len({len(column) for column in columns.values()}) > 1:
+        lengths = ", ".join(f"crops.{key}: {len(column)}" for key, column in columns.items())
+        raise ValueError(f"Crop sizes and ratios must be lists of equal length, got {lengths}")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if value is None or isinstance(value, int | float) else list(value)

@@ -104,6 +104,7 @@ class TrainingRun:
         self.optimizer = build_optimizer(cfg, model.get_params_groups())
         self.schedules = build_schedulers(cfg)
         self.total_iterations = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+        self.global_batch_size = global_batch_size(cfg)
         self.random_state = RandomState()
         self.metric_logger = MetricLogger(delimiter="  ", output_file=str(self.output_dir / "training_metrics.json"))
         multi_distillation = bool(cfg.multidistillation.enabled)
@@ -145,13 +146,14 @@ class TrainingRun:
             n_iterations=self.total_iterations,
             start_iteration=self.start_iteration,
         )
-        yield from zip(range(self.start_iteration, self.total_iterations), logged, strict=False)
+        yield from enumerate(logged, start=self.start_iteration)
 
     def step(self, iteration: int, batch: Mapping[str, Any]) -> Metrics:
         """One optimization step; returns the metrics to log."""
         lr, wd, momentum, teacher_temp, last_layer_lr = (schedule[iteration] for schedule in self.schedules)
         apply_optim_scheduler(self.optimizer, lr, wd, last_layer_lr)
         self.optimizer.zero_grad(set_to_none=True)
+        batch = {**batch, "global_batch_size": self.global_batch_size}
         total_loss, metrics = self.model.forward_backward(batch, teacher_temp=teacher_temp, iteration=iteration)
         metrics |= clip_gradients(self.model.student, self.cfg.optim.clip_grad)
         if not self.non_finite.skips(iteration, total_loss, metrics):
@@ -220,6 +222,13 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
         gc.enable()
     run.metric_logger.synchronize_between_processes()
     return {name: meter.global_avg for name, meter in run.metric_logger.meters.items()}
+
+
+def global_batch_size(cfg: Any) -> int:
+    """Images per iteration over all processes."""
+    if cfg.multidistillation.enabled:
+        return int(cfg.multidistillation.global_batch_size)
+    return int(cfg.train.batch_size_per_gpu) * distributed.get_world_size()
 
 
 def average_over_ranks(metrics: Metrics) -> Metrics:
