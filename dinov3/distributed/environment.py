@@ -105,6 +105,15 @@ class TorchDistributedEnvironment:
         return self
 
 
+def launch_rank() -> int:
+    """Rank that the launcher gave this process, known before any process group exists; 0 without a launcher."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ.get("RANK", "0"))
+    if "SLURM_JOB_ID" in os.environ:
+        return int(os.environ.get("SLURM_PROCID", "0"))
+    return 0
+
+
 def _variable(name: str) -> str:
     try:
         return os.environ[name]

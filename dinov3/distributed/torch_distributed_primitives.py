@@ -9,6 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.distributed.torch_distributed_wrapper import get_world_size
+from dinov3.utils.device import default_device
+
+
+def communication_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where tensors must be for collectives of `group` (default: the world): the CPU wherever that is possible."""
+    if not dist.is_initialized() or "cpu:" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    return default_device()
 
 
 @torch.no_grad()

@@ -181,7 +181,7 @@ def enable_distributed(
         arguments["device_id"] = device
     if environment.job_type is JobType.MANUAL:
         # Alone: no port to find, to lose to somebody else, or to leave open.
-        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
         dist.init_process_group(_backend(device), **arguments)
         dist.barrier()
