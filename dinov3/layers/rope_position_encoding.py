@@ -1,7 +1,6 @@
 """Axial rotary position encoding of a patch grid: the tables of sines and cosines, and the rotation by them."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ class RopePositionEmbedding(nn.Module):
         base: float | None = 100.0,
         min_period: float | None = None,
         max_period: float | None = None,
-        normalize_coords: Literal["min", "max", "separate"] = "separate",
+        normalize_coords: str = "separate",
         shift_coords: float | None = None,
         jitter_coords: float | None = None,
         rescale_coords: float | None = None,
@@ -47,7 +46,7 @@ class RopePositionEmbedding(nn.Module):
             base: periods are base^(2i / (d / 2)), i = 0 ... d/4 - 1.
             min_period: shortest period, in units of half the grid.
             max_period: longest period.
-            normalize_coords: divide both coordinates by the shorter side, the longer side, or each by its own.
+            normalize_coords: "min", "max", "separate": coordinates over the shorter side, the longer, or each its own.
             shift_coords: training only: shift each axis by U(-s, s).
             jitter_coords: training only: scale each axis by a log-uniform factor in [1 / j, j].
             rescale_coords: training only: scale both axes by one log-uniform factor in [1 / r, r].

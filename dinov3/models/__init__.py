@@ -1,0 +1,1 @@
+"""Backbones: the vision transformer and ConvNeXt, what they have in common, and how to build them."""
