@@ -1,0 +1,172 @@
+"""Dataset strings: `Name[:key=value]*`, and the datasets they can name.
+
+A value that holds `:` or `=` is put in double quotes: `ImageFolder:root="C:/my images"`. A class of your own gets a
+name with `register_dataset`.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from dinov3.data.datasets import ADE20K, NYU, CocoCaptions, ImageFolder, ImageNet, ImageNet22k
+
+# Accepted in every string, as in the published code; `DatasetEntry.check` tells whether the dataset takes them.
+_COMMON_KEYS = ("root", "extra", "split")
+_PART = re.compile(r'(?:[^":]|"[^"]*")+')
+_QUOTED = re.compile(r'"[^"]*"')
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A dataset that strings can name.
+
+    Attributes:
+        build: the class, called with the keys as keyword arguments (and the transforms).
+        keys: the keys it takes.
+        required: those that must be given.
+        split: enumeration whose member names are the values of `split`; None: `split` is passed on as text.
+        converters: key -> function of its text, for values that aren't text.
+    """
+
+    build: Callable[..., Any]
+    keys: tuple[str, ...]
+    required: tuple[str, ...]
+    split: type[Enum] | None = None
+    converters: dict[str, Callable[[str], Any]] = field(default_factory=dict)
+
+
+_REGISTRY: dict[str, DatasetEntry] = {
+    "ImageNet": DatasetEntry(ImageNet, ("split", "root", "extra"), ("split", "root", "extra"), ImageNet.Split),
+    "ImageNet22k": DatasetEntry(ImageNet22k, ("root", "extra"), ("root", "extra")),
+    "ADE20K": DatasetEntry(ADE20K, ("split", "root"), ("split", "root"), ADE20K.Split),
+    "NYU": DatasetEntry(NYU, ("split", "root"), ("split", "root"), NYU.Split),
+    "CocoCaptions": DatasetEntry(CocoCaptions, ("split", "root"), ("split", "root"), CocoCaptions.Split),
+    "ImageFolder": DatasetEntry(ImageFolder, ("root", "split", "on_error", "index_cache"), ("root",)),
+}
+
+
+def register_dataset(
+    name: str,
+    build: Callable[..., Any],
+    *,
+    keys: Iterable[str] = ("root",),
+    required: Iterable[str] = (),
+    split: type[Enum] | None = None,
+    converters: dict[str, Callable[[str], Any]] | None = None,
+) -> None:
+    """Let dataset strings name a dataset of your own.
+
+    Args:
+        name: how strings begin; letters, digits and `_`.
+        build: class or function called with the given keys and with `transform`, `target_transform`, `transforms`.
+        keys, required, split, converters: see `DatasetEntry`.
+
+    Raises:
+        ValueError: a name that is taken or can't be written in a string, or required keys that aren't keys.
+    """
+    if not name.isidentifier() or name in _REGISTRY:
+        raise ValueError(
+            f"cannot register dataset {name!r}: the name is taken, or holds other than letters, digits and _"
+        )
+    if missing := set(required) - set(keys):
+        raise ValueError(f"cannot register dataset {name!r}: required keys {sorted(missing)} are not among its keys")
+    _REGISTRY[name] = DatasetEntry(build, tuple(keys), tuple(required), split, dict(converters or {}))
+
+
+def dataset_names() -> list[str]:
+    """The names that dataset strings can begin with."""
+    return list(_REGISTRY)
+
+
+def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a dataset string; `split` becomes the member of the dataset's enumeration.
+
+    Raises:
+        ValueError: unknown name, or a part that isn't `key=value`.
+        AssertionError: unknown key (the exception type is contract).
+        KeyError: unknown split.
+    """
+    name, *parts = _split_outside_quotes(dataset_str)
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"unknown dataset {name!r} in {dataset_str!r}{_nearest(name, _REGISTRY)}; "
+            f"known datasets: {', '.join(_REGISTRY)}"
+        )
+    entry = _REGISTRY[name]
+    kwargs: dict[str, Any] = {}
+    for part in parts:
+        key, value = _key_and_value(part, dataset_str)
+        if key not in entry.keys and key not in _COMMON_KEYS:
+            raise AssertionError(
+                f"unknown key {key!r} in {dataset_str!r}{_nearest(key, entry.keys)}; "
+                f"keys of {name}: {', '.join(entry.keys)}"
+            )
+        kwargs[key] = _convert(name, entry, key, value)
+    return name, kwargs
+
+
+def build_dataset(dataset_str: str, **transforms: Any) -> Any:
+    """The dataset that a string names.
+
+    Args:
+        dataset_str: see `parse_dataset_str`.
+        **transforms: `transform`, `target_transform`, `transforms`.
+
+    Raises:
+        TypeError: the dataset doesn't take a key, or needs one that isn't there; besides those of `parse_dataset_str`.
+    """
+    name, kwargs = parse_dataset_str(dataset_str)
+    entry = _REGISTRY[name]
+    if unused := [key for key in kwargs if key not in entry.keys]:
+        raise TypeError(f"dataset {name} has no {unused[0]!r} (in {dataset_str!r}); its keys: {', '.join(entry.keys)}")
+    if missing := [key for key in entry.required if key not in kwargs]:
+        example = ":".join([name, *(f"{key}=<{key.upper()}>" for key in entry.required)])
+        raise TypeError(f"dataset {name} needs {' and '.join(missing)} (in {dataset_str!r}): write {example}")
+    return entry.build(**kwargs, **transforms)
+
+
+def entry_of(name: str) -> DatasetEntry:
+    """The entry of a known name."""
+    return _REGISTRY[name]
+
+
+def _split_outside_quotes(dataset_str: str) -> list[str]:
+    if dataset_str.count('"') % 2:
+        raise ValueError(f"dataset string {dataset_str!r} has a quote that isn't closed")
+    parts, position = [], 0
+    while position <= len(dataset_str):
+        match = _PART.match(dataset_str, position)
+        parts.append(match.group() if match else "")
+        position += len(parts[-1]) + 1
+    return parts
+
+
+def _key_and_value(part: str, dataset_str: str) -> tuple[str, str]:
+    if _QUOTED.sub("", part).count("=") != 1:
+        raise ValueError(
+            f"{part!r} in {dataset_str!r} must be key=value; put a value that holds ':' or '=' in double quotes: "
+            'root="C:/images"'
+        )
+    key, value = part.split("=", 1)
+    return key, value.replace('"', "")
+
+
+def _convert(name: str, entry: DatasetEntry, key: str, value: str) -> Any:
+    if key == "split" and entry.split is not None:
+        members = entry.split.__members__
+        if value not in members:
+            raise KeyError(
+                f"unknown split {value!r} of {name}{_nearest(value.upper(), members)}; splits: {', '.join(members)}"
+            )
+        return members[value]
+    return entry.converters.get(key, str)(value)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """A question with the known word that looks most like this one, or nothing."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[found[0]]!r}?)" if found else ""
