@@ -1,0 +1,139 @@
+"""The README keeps its word: snippets run as printed, commands parse, the map shows every room, links exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.source import ROOT
+from tests.test_packaging import EXTRAS
+
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def _commands() -> list[list[str]]:
+    """Every command of the shell blocks, split into words, comments left out."""
+    lines = "\n".join(_blocks("bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+COMMANDS = _commands()
+
+
+@pytest.fixture(scope="module")
+def weight_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as Meta releases it, of a ViT-S/16 with random weights."""
+    import hubconf
+
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(hubconf.dinov3_vits16(pretrained=False).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("number", range(len(_blocks("python"))))
+def test_python_snippets_run_as_printed(number: int, weight_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = _blocks("python")[number]
+    code = code.replace("path/to/dinov3", str(ROOT)).replace("path/to/weights.pth", str(weight_file))
+    monkeypatch.chdir(weight_file.parent)
+    scope: dict[str, object] = {}
+    printed: list[object] = []
+    scope["print"] = lambda *values: printed.extend(values)
+    exec(compile(code, f"README.md, Python snippet {number}", "exec"), scope)
+    # Shapes that the comments promise.
+    promised = [
+        tuple(map(int, shape.split(","))) for shape in re.findall(r"print\(.*\[([\d, ]+)\]$", code, re.MULTILINE)
+    ]
+    assert [tuple(value) for value in printed if isinstance(value, torch.Size)] == promised
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_commands_name_what_exists(words: list[str]) -> None:
+    program, *rest = words
+    if program == "make":
+        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "pip":
+        extras = re.findall(r"\.\[([\w,]+)\]", " ".join(rest))
+        assert extras
+        assert set(extras[0].split(",")) <= set(EXTRAS)
+    else:
+        assert program in ("python", "torchrun"), f"no check for the program {program}"
+        script = _script(rest)
+        assert script is not None, f"no script of ours in {rest}"
+        for word in rest:
+            path = word.partition("=")[2] or word
+            if path.endswith((".yaml", ".py")) and path.startswith("dinov3/"):
+                assert (ROOT / path).is_file(), path
+
+
+def _script(words: list[str]) -> Path | None:
+    """The file that a Python command line runs: `dinov3/x/y.py`, or `-m dinov3.x.y`."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == "-m":
+            return ROOT / Path(*following.split(".")).with_suffix(".py")
+        if word.endswith(".py"):
+            return ROOT / word
+    return None
+
+
+def _arguments(script: str) -> list[list[str]]:
+    """What the README gives to a script, one list per command."""
+    return [words[words.index(script) + 1 :] for words in COMMANDS if script in words]
+
+
+@pytest.mark.parametrize("argv", _arguments("dinov3/train/train.py"), ids=" ".join)
+def test_training_commands_parse_and_know_every_key(argv: list[str], tmp_path: Path) -> None:
+    from dinov3.configs import get_cfg_from_args
+    from dinov3.train.train import parse_args
+
+    args = parse_args(argv)
+    args.output_dir = str(tmp_path)
+    args.config_file = str(ROOT / args.config_file)
+    cfg = get_cfg_from_args(args, strict=True)
+    for override in args.opts:
+        key, _, value = override.partition("=")
+        node = cfg
+        for part in key.split("."):
+            node = node[part]
+        assert str(node) == value
+
+
+@pytest.mark.parametrize("argv", _arguments("dinov3/eval/knn.py"), ids=" ".join)
+def test_knn_commands_parse(argv: list[str], tmp_path: Path) -> None:
+    from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser
+    from dinov3.eval.knn import KnnEvalConfig
+
+    arguments = {**cli_parser(argv), "output_dir": str(tmp_path)}
+    config, _ = args_dict_to_dataclass(arguments, KnnEvalConfig, save_config=False)
+    assert config.train.dataset
+    assert config.eval.test_dataset
+
+
+def test_the_map_shows_every_room() -> None:
+    (tree,) = (block for block in _blocks("text") if "hubconf.py" in block)
+    shown = re.findall(r"^ *(?:\d )?([\w<>/.]+)", tree, re.MULTILINE)
+    rooms = {path.name + "/" for path in (ROOT / "dinov3").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms <= set(shown), rooms - set(shown)
+    for name in shown:
+        below = name.replace("<task>/", "*/")
+        assert list(ROOT.glob(below)) or list((ROOT / "dinov3").glob(below)), f"{name} is on the map but not there"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def test_documents_keep_to_the_line_length() -> None:
+    """Tables aside, whose rows cannot be broken."""
+    for document in DOCUMENTS:
+        long = [line for line in document.read_text().splitlines() if len(line) > 125 and not line.startswith("|")]
+        assert not long, f"{document.name}: {long[0]}"
