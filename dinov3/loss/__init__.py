@@ -8,6 +8,5 @@ from dinov3.loss.dino_clstoken_loss import DINOLoss
 from dinov3.loss.gram_loss import GramLoss
 from dinov3.loss.ibot_patch_loss import iBOTPatchLoss
 from dinov3.loss.koleo_loss import KoLeoLoss, KoLeoLossDistributed
-from dinov3.loss.sinkhorn_knopp import sinkhorn_knopp
 
-__all__ = ["DINOLoss", "GramLoss", "KoLeoLoss", "KoLeoLossDistributed", "iBOTPatchLoss", "sinkhorn_knopp"]
+__all__ = ["DINOLoss", "GramLoss", "KoLeoLoss", "KoLeoLossDistributed", "iBOTPatchLoss"]
