@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 # Largest number of similarities held at a time: 256 MiB in float32.
 MAX_SIMILARITIES = 2**26
@@ -183,8 +184,8 @@ def knn_accuracy(
         temperature: of the softmax over cosines.
     """
     ks = sorted({min(k, len(train_features)) for k in ks})
-    normalized = [torch.nn.functional.normalize(x.float(), dim=1) for x in (queries, train_features)]
-    found = nearest_neighbours(*normalized, max(ks))
+    queries, train_features = (normalize(x.float(), dim=1) for x in (queries, train_features))
+    found = nearest_neighbours(queries, train_features, max(ks))
     num_classes = int(max(query_labels.max(), train_labels.max())) + 1
     scores = neighbour_vote(found, train_labels, ks, temperature=temperature, num_classes=num_classes)
     return {k: (s.argmax(1) == query_labels.to(s.device)).float().mean().item() for k, s in scores.items()}
