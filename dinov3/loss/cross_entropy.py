@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 1 << 24  # largest temporary, 64 MiB in float32
+from dinov3.loss.chunks import rows_per_chunk
 
 
 def soft_cross_entropy(logits: Tensor, targets: Sequence[Tensor], temp: float) -> Tensor:
@@ -60,9 +60,9 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
-    """(entry, rows) pairs that cover `logits` [S, B, K], none larger than `CHUNK_ELEMENTS`."""
+    """(entry, rows) pairs that cover `logits` [S, B, K]."""
     n_entries, n_rows, n_prototypes = logits.shape
-    step = max(1, CHUNK_ELEMENTS // max(1, n_prototypes))
+    step = rows_per_chunk(n_prototypes)
     for s in range(n_entries):
         for start in range(0, n_rows, step):
             yield s, slice(start, start + step)

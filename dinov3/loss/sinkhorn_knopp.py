@@ -4,9 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinov3.loss.chunks import rows_per_chunk
 from dinov3.loss.collectives import all_reduce, resolve_group
-
-CHUNK_ELEMENTS = 1 << 24  # largest temporary, 64 MiB in float32
 
 
 @torch.no_grad()
@@ -64,7 +63,7 @@ def _log_prototype_sums(scores: Tensor, group: dist.ProcessGroup | None) -> Tens
     largest = scores.amax(dim=0) if n else scores.new_full((n_prototypes,), -torch.inf)
     all_reduce(largest, group, op=dist.ReduceOp.MAX)
     sums = torch.zeros_like(largest)
-    for rows in scores.split(max(1, CHUNK_ELEMENTS // max(1, n_prototypes))):
+    for rows in scores.split(rows_per_chunk(n_prototypes)):
         sums += (rows - largest).exp_().sum(dim=0)
     all_reduce(sums, group)
     return largest + sums.log_()

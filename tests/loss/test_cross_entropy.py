@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinov3.loss import DINOLoss, cross_entropy, iBOTPatchLoss
+from dinov3.loss import DINOLoss, chunks, iBOTPatchLoss
 from dinov3.loss.cross_entropy import soft_cross_entropy
 
 
@@ -36,7 +36,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("chunk", [1, 20, 1 << 24])
 def test_value_and_gradient_equal_the_naive_ones(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunk)
     logits = torch.randn(3, 5, 7, requires_grad=True)
     targets = [probabilities(5, 7), 3 * probabilities(5, 7), torch.zeros(5, 7)]  # they need not sum to 1
     weights = torch.randn(3, 5)
@@ -56,7 +56,7 @@ def test_gradcheck() -> None:
 
 
 def test_bfloat16_logits_give_float32_losses_and_no_full_size_float32_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 64)
     logits = torch.randn(4, 8, 32).bfloat16().requires_grad_()
     targets = [probabilities(8, 32).bfloat16()] * 4
     with LargestTensor() as largest:

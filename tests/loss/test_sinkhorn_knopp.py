@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov3.loss import iBOTPatchLoss
-from dinov3.loss import sinkhorn_knopp as sinkhorn_module
+from dinov3.loss import chunks, iBOTPatchLoss
 from dinov3.loss.sinkhorn_knopp import sinkhorn_knopp
 
 
@@ -62,7 +61,7 @@ def test_stays_finite_for_any_range(scale: float) -> None:
 def test_rows_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(11, 6)
     whole = sinkhorn_knopp(logits, 0.1)
-    monkeypatch.setattr(sinkhorn_module, "CHUNK_ELEMENTS", 13)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 13)
     torch.testing.assert_close(sinkhorn_knopp(logits, 0.1), whole)
 
 
