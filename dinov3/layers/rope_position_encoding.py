@@ -177,6 +177,21 @@ def rotate(x: Tensor, tables: RopeTables) -> Tensor:
     sin, cos = tables
     if torch.promote_types(x.dtype, sin.dtype) != sin.dtype:
         x = x.to(sin.dtype)
-    # Two fused multiply-adds on the halves read and write less than the formula spelled out on whole tensors.
-    (a, b), (sin_a, sin_b), (cos_a, cos_b) = x.chunk(2, -1), sin.chunk(2, -1), cos.chunk(2, -1)
-    return torch.cat([torch.addcmul(a * cos_a, b, sin_a, value=-1), torch.addcmul(b * cos_b, a, sin_b)], dim=-1)
+    (a, b), (sin_a, sin_b) = x.chunk(2, -1), sin.chunk(2, -1)
+    if _may_fuse(x, sin, cos):
+        out = x * cos
+        out[..., : a.shape[-1]].addcmul_(b, sin_a, value=-1)
+        out[..., a.shape[-1] :].addcmul_(a, sin_b)
+        return out
+    cos_a, cos_b = cos.chunk(2, -1)
+    return torch.cat([a * cos_a - b * sin_a, b * cos_b + a * sin_b], dim=-1)
+
+
+def _may_fuse(x: Tensor, sin: Tensor, cos: Tensor) -> bool:
+    """Whether to rotate in place, with half the memory traffic: outside autograd and compilation, with float32 tables.
+
+    Narrower tables round each product, which is part of their definition; a fused multiply-add would not.
+    """
+    if torch.compiler.is_compiling() or sin.dtype in (torch.bfloat16, torch.float16):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or sin.requires_grad or cos.requires_grad))
