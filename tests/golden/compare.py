@@ -34,6 +34,7 @@ def _compare(want: Any, got: Any, rule: Expected) -> list[str]:
         return _compare_sequences(want, got, rule)
     if isinstance(want, bool) or isinstance(got, bool) or not isinstance(want, int | float):
         return [] if _same(want, got) else [f": got {got!r}, expected {want!r}"]
+    got = torch.tensor(got, dtype=torch.float64) if isinstance(got, int | float) else got  # not rounded to float32
     return _compare_tensors(torch.tensor(want, dtype=torch.float64), got, rule)
 
 
@@ -70,7 +71,9 @@ def _compare_sequences(want: Sequence[Any], got: Any, rule: Expected) -> list[st
 
 def _compare_tensors(want: Tensor, got: Any, rule: Expected) -> list[str]:
     try:
-        got = torch.as_tensor(got).detach().cpu()
+        # Plain numbers are doubles: as float32 they would miss stored values by rounding.
+        plain = not isinstance(got, Tensor | np.ndarray | np.generic)
+        got = torch.as_tensor(got, dtype=torch.float64 if plain else None).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
         return [f": got {got!r:.200}, expected a tensor"]
     if tuple(got.shape) != tuple(want.shape):
