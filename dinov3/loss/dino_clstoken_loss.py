@@ -1,5 +1,8 @@
 """DINO: cross-entropy between prototype assignments of the CLS tokens of student and teacher crops."""
 
+import functools
+
+import torch
 from torch import Tensor
 
 from dinov3.loss.centering import CenteredLoss
@@ -60,4 +63,6 @@ class DINOLoss(CenteredLoss):
 
 def _sum_of(probs: Tensor, crops: list[int]) -> Tensor:
     """Sum of `probs` [T, B, K] over some crops; a view if there is only one."""
-    return probs[crops[0]] if len(crops) == 1 else probs[crops].sum(dim=0)
+    if not crops:
+        return torch.zeros_like(probs[0])
+    return functools.reduce(torch.add, (probs[t] for t in crops))

@@ -107,7 +107,7 @@ def groups(_: str, p: Params, __: Path) -> dict[str, Any]:
 
 def _build(arch: str, kwargs: Params) -> nn.Module:
     if arch == "head":
-        from dinov3.layers import DINOHead
+        from dinov3.layers.dino_head import DINOHead
 
         return DINOHead(**kwargs)
     if arch.startswith("convnext"):
@@ -158,7 +158,7 @@ def metric_logger(_: str, p: Params, tmp_path: Path) -> dict[str, Any]:
     for i in logger.log_every(range(p["n"]), p["print_freq"], "header"):
         logger.update(loss=(7 * i) % 11 + 0.5, lr=0.1 / (i + 1))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    smoothed = SmoothedValue()
+    smoothed = SmoothedValue(window_size=4)  # the window that the stored average was made with
     for value in p["values"]:
         smoothed.update(value)
     statistics = {name: getattr(smoothed, name) for name in ("median", "avg", "global_avg", "max", "value")}
