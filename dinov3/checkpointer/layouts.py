@@ -201,7 +201,7 @@ def _qkv_bias(i: int, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> d
 
 
 def _periods(dim: int, config: Mapping[str, Any], like: Mapping[str, Tensor], round_periods: bool) -> Tensor:
-    """RoPE periods base^(2i / (d/2)), i < d/4, for heads of d channels (`models.md` 2.1)."""
+    """RoPE periods of a model that is `dim` wide."""
     if "rope_embed.periods" in like:
         n_periods = like["rope_embed.periods"].shape[0]
     elif "num_attention_heads" in config:
@@ -209,8 +209,13 @@ def _periods(dim: int, config: Mapping[str, Any], like: Mapping[str, Tensor], ro
     else:
         n_periods = (128 if dim == 4096 else 64) // 4
     base = float(config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 100.0)
-    periods = base ** (torch.arange(n_periods, dtype=torch.float32) / n_periods)
+    periods = rope_periods(n_periods, base)
     return periods.bfloat16().float() if round_periods else periods
+
+
+def rope_periods(n_periods: int, base: float) -> Tensor:
+    """The periods base^(i / n), i < n, of one axis: n = d/4 for heads of d channels."""
+    return base ** (torch.arange(n_periods, dtype=torch.float32) / n_periods)
 
 
 def _with_second_norm(meta: dict[str, Tensor]) -> dict[str, Tensor]:

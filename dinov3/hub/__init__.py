@@ -1,0 +1,3 @@
+"""Released models by name. `registry` is the table, `loading` turns a row and a user's wishes into a module,
+`backbones` holds the entry points, `hf` goes to and from Hugging Face.
+"""

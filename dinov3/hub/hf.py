@@ -1,0 +1,111 @@
+"""To and from Hugging Face transformers: build a model from a folder, write one, convert state dicts."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinov3.checkpointer.export import export_backbone, hf_config
+from dinov3.checkpointer.files import read_config
+from dinov3.checkpointer.layouts import to_hf, to_meta
+from dinov3.checkpointer.sources import local_path
+from dinov3.checkpointer.weights import load_weights, read_weights
+from dinov3.models.convnext import ConvNeXt
+from dinov3.models.vision_transformer import DinoVisionTransformer
+
+__all__ = ["build_model_from_config", "export_hf_model", "hf_config", "load_hf_model", "to_hf", "to_meta"]
+
+_NORM_BY_EPS = {1e-6: "layernorm", 1e-5: "layernormbf16"}
+
+
+def load_hf_model(source: str | os.PathLike[str], *, round_periods: bool = True) -> nn.Module:
+    """The backbone in a Hugging Face folder, in evaluation mode.
+
+    Args:
+        source: folder with `config.json` and `model.safetensors` (or its shards), or the name of a repository in the
+            local Hugging Face cache.
+        round_periods: RoPE periods as in the files that Meta released (rounded to bfloat16), or exact as in
+            transformers.
+
+    Raises:
+        ValueError: not a DINOv3 model, or a damaged folder.
+    """
+    folder = local_path(source)
+    config = read_config(folder if folder.is_dir() else folder.parent)
+    if not config:
+        raise ValueError(f"{folder} has no config.json of a DINOv3 model (model_type dinov3_vit or dinov3_convnext)")
+    with torch.device("meta"):
+        model = build_model_from_config(config)
+    state = read_weights(folder, like=model, round_periods=round_periods)
+    load_weights(model.to_empty(device=torch.get_default_device()), state)
+    return model.eval()
+
+
+def export_hf_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write `config.json` and `model.safetensors` for `transformers.AutoModel.from_pretrained`; see
+    `export_backbone`.
+    """
+    return export_backbone(model, folder, "hf")
+
+
+def build_model_from_config(config: Mapping[str, Any]) -> nn.Module:
+    """The architecture that a Hugging Face `config.json` describes; its weights are not initialised.
+
+    Raises:
+        ValueError: not a DINOv3 model, or options that our models do not have.
+    """
+    kind = config.get("model_type")
+    if kind == "dinov3_convnext":
+        return ConvNeXt(
+            in_chans=config.get("num_channels", 3),
+            depths=list(config.get("depths", (3, 3, 9, 3))),
+            dims=list(config.get("hidden_sizes", (96, 192, 384, 768))),
+            drop_path_rate=config.get("drop_path_rate", 0.0),
+            layer_scale_init_value=config.get("layer_scale_init_value", 1e-6),
+        )
+    if kind != "dinov3_vit":
+        raise ValueError(f"model_type is {kind!r}, expected 'dinov3_vit' or 'dinov3_convnext'")
+    return _build_vit(config)
+
+
+def _build_vit(config: Mapping[str, Any]) -> DinoVisionTransformer:
+    # Defaults are those of transformers' configuration class: a config.json may leave them out.
+    dim, hidden = config.get("hidden_size", 384), config.get("intermediate_size", 1536)
+    gated = config.get("use_gated_mlp", False)
+    eps, qkv_bias = config.get("layer_norm_eps", 1e-5), config.get("query_bias", True)
+    if eps not in _NORM_BY_EPS:
+        raise ValueError(f"layer_norm_eps is {eps}, expected one of {', '.join(map(str, _NORM_BY_EPS))}")
+    activation, expected = config.get("hidden_act", "gelu"), "silu" if gated else "gelu"
+    if activation != expected:
+        raise ValueError(f"hidden_act is {activation!r}, expected {expected!r} with use_gated_mlp {gated}")
+    if gated and hidden % 8:
+        raise ValueError(f"intermediate_size is {hidden}, expected a multiple of 8 for a gated MLP")
+    if config.get("value_bias", True) != qkv_bias:
+        raise ValueError("query_bias and value_bias differ; our attention has both or none")
+    return DinoVisionTransformer(
+        img_size=config.get("image_size", 224),
+        patch_size=config.get("patch_size", 16),
+        in_chans=config.get("num_channels", 3),
+        embed_dim=dim,
+        depth=config.get("num_hidden_layers", 12),
+        num_heads=config.get("num_attention_heads", 6),
+        # The hidden width is int(dim * ratio), for SwiGLU two thirds of that: half a unit guards against rounding.
+        ffn_ratio=((1.5 * hidden if gated else hidden) + 0.5) / dim,
+        ffn_layer="swiglu" if gated else "mlp",
+        ffn_bias=config.get("mlp_bias", True),
+        qkv_bias=qkv_bias,
+        mask_k_bias=qkv_bias and not config.get("key_bias", False),
+        proj_bias=config.get("proj_bias", True),
+        norm_layer=_NORM_BY_EPS[eps],
+        layerscale_init=config.get("layerscale_value", 1.0) or 1.0,
+        drop_path_rate=config.get("drop_path_rate", 0.0),
+        n_storage_tokens=config.get("num_register_tokens", 0),
+        pos_embed_rope_base=config.get("rope_theta", 100.0),
+        pos_embed_rope_shift_coords=config.get("pos_embed_shift"),
+        pos_embed_rope_jitter_coords=config.get("pos_embed_jitter"),
+        pos_embed_rope_rescale_coords=config.get("pos_embed_rescale", 2.0),
+        pos_embed_rope_dtype="fp32",
+    )

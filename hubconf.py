@@ -1,0 +1,31 @@
+"""Entry points of `torch.hub.load`. Importing this file needs torch and nothing else."""
+
+from dinov3.hub.backbones import (
+    dinov3_convnext_base,
+    dinov3_convnext_large,
+    dinov3_convnext_small,
+    dinov3_convnext_tiny,
+    dinov3_vit7b16,
+    dinov3_vitb16,
+    dinov3_vith16plus,
+    dinov3_vitl16,
+    dinov3_vitl16plus,
+    dinov3_vits16,
+    dinov3_vits16plus,
+)
+
+dependencies = ["torch"]
+
+__all__ = [
+    "dinov3_convnext_base",
+    "dinov3_convnext_large",
+    "dinov3_convnext_small",
+    "dinov3_convnext_tiny",
+    "dinov3_vit7b16",
+    "dinov3_vitb16",
+    "dinov3_vith16plus",
+    "dinov3_vitl16",
+    "dinov3_vitl16plus",
+    "dinov3_vits16",
+    "dinov3_vits16plus",
+]
