@@ -41,10 +41,9 @@ def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_b
     if drop_prob == 0.0 or not training:
         return x
     keep = 1 - drop_prob
-    mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-    if scale_by_keep and keep > 0.0:
-        mask.div_(keep)
-    return x * mask
+    kept = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device) >= drop_prob
+    factor = 1 / keep if scale_by_keep and keep > 0.0 else 1.0
+    return x * (kept.to(x.dtype) * factor)
 
 
 class DropPath(nn.Module):

@@ -72,7 +72,7 @@ class PatchEmbed(nn.Module):
         rows, columns = self.grid_size(height, width)
         kept = (rows * self.patch_size[0], columns * self.patch_size[1])
         if kept != (height, width) and not torch.compiler.is_compiling():
-            _log_cropping(height, width, *kept)
+            log_cropping(height, width, *kept)
         tokens: Tensor = self.norm(self.proj(x).flatten(2).transpose(1, 2))  # [B, h * w, D]
         return tokens if self.flatten_embedding else tokens.reshape(x.shape[0], rows, columns, -1)
 
@@ -82,7 +82,8 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 @functools.cache  # one line per image size, not per batch
-def _log_cropping(height: int, width: int, kept_height: int, kept_width: int) -> None:
+def log_cropping(height: int, width: int, kept_height: int, kept_width: int) -> None:
+    """Say once per size [pixels] that pixels are dropped, and how to keep them."""
     logger.info(
         f"images of {height} x {width} pixels do not divide into patches: only their upper left {kept_height} x "
         f"{kept_width} pixels are seen (dinov3.models.features.pad_to_patches keeps every pixel; or resize)"
