@@ -140,7 +140,7 @@ def _step(
     with registered(p.get("arch", {})):
         cfg = build_config(p, tmp_path)
         model = build_model(cfg, p.get("meta", "SSLMetaArch"))
-    batch = build_batch(cfg, p["data"], f"{case}.it{iteration}.rank{rank}", mask_samples)
+    batch = build_batch(cfg, p["data"], f"{case}.it0.rank{rank}", mask_samples)  # `iteration` selects weights only
     teacher, student = _record(model, "get_teacher_output"), _record(model, "get_student_output")
     loss, metrics = model.forward_backward(batch, teacher_temp=p["teacher_temp"], iteration=iteration)
 
