@@ -89,7 +89,7 @@ def _compile(models: Sequence[nn.ModuleDict], device: torch.device, *, cudagraph
     for model in models:
         for name, part in model.items():
             if name == "backbone":
-                for unit in part.wrap_units():
+                for unit in units_of(part):
                     unit.compile(**options)
             else:
                 part.compile()
@@ -108,7 +108,7 @@ def _shard(model: nn.ModuleDict, group: dist.ProcessGroup, device: torch.device,
     }
     for name, part in model.items():
         if name == "backbone":
-            units = list(part.wrap_units())
+            units = units_of(part)
             for unit in units:
                 fully_shard(unit, **options)
             _prefetch_neighbours(units)
@@ -117,7 +117,12 @@ def _shard(model: nn.ModuleDict, group: dist.ProcessGroup, device: torch.device,
             register_fsdp_forward_method(part, "get_intermediate_layers")
 
 
-def _prefetch_neighbours(units: Sequence[nn.Module]) -> None:
+def units_of(backbone: Any) -> list[Any]:
+    """The modules of a backbone that are compiled and sharded one by one."""
+    return list(backbone.wrap_units())
+
+
+def _prefetch_neighbours(units: Sequence[Any]) -> None:
     """Gather the next unit's parameters while one computes, forward and backward."""
     for before, after in zip(units, units[1:], strict=False):
         before.set_modules_to_forward_prefetch([after])

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -22,7 +21,7 @@ def saved_operations() -> set[Any]:
     }
 
 
-def checkpoint_activations(backbone: nn.Module, *, full: bool) -> None:
+def checkpoint_activations(backbone: Any, *, full: bool) -> None:
     """Replace the backbone's units by checkpointed ones, in place (parameter names stay as they are).
 
     Args:

@@ -55,7 +55,8 @@ def do_test(cfg: Any, model: SSLMetaArch, iteration: str, process_group: Any, do
 def consolidated_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """The full state dict on the CPU of the first rank (empty elsewhere); collective over the sharding group."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {key: value.cpu() for key, value in get_model_state_dict(module, options=options).items()}
+    state: dict[str, Any] = get_model_state_dict(module, options=options)
+    return {key: value.cpu() for key, value in state.items()}
 
 
 def write_atomically(content: Any, path: Path) -> None:

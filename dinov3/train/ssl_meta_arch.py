@@ -125,9 +125,8 @@ class SSLMetaArch(nn.Module):
 
     def init_weights(self) -> None:
         """Give every network its first weights: random, or from the checkpoints that the configuration names."""
-        self.student["backbone"].init_weights()
-        for head in HEADS:
-            self.student[head].init_weights()
+        for part in self.student.values():  # backbone, dino_head, ibot_head
+            part.init_weights()  # type: ignore[operator]
         self.dino_loss.init_weights()
         self.ibot_patch_loss.init_weights()
         self.model_ema.load_state_dict(self.student.state_dict())
@@ -152,7 +151,7 @@ class SSLMetaArch(nn.Module):
             return
         logger.warning("distillation.checkpoint_path is 'ignore': the distillation teacher has random weights")
         for part in self.teacher.values():
-            part.init_weights()
+            part.init_weights()  # type: ignore[operator]
 
     @torch.no_grad()
     def update_ema(self, m: float) -> None:
@@ -419,7 +418,7 @@ class SSLMetaArch(nn.Module):
         if patches.shape[1] == n_patches:
             return patches
         patch_size = self.cfg.student.patch_size
-        grid = square_or_crop_grid(patches.shape[1], tuple(images.shape[-2:]), patch_size)
+        grid = square_or_crop_grid(patches.shape[1], (images.shape[-2], images.shape[-1]), patch_size)
         to = square_or_crop_grid(n_patches, crop_size, patch_size)
         return resize_patch_features(
             patches, grid, to, gram.global_teacher_resize_method, gram.global_teacher_resize_antialias
