@@ -15,6 +15,8 @@ from dinov3.logging.progress import bar_hidden
 _COLORS = {"D": "\x1b[2m", "I": "\x1b[32m", "W": "\x1b[33m", "E": "\x1b[31m", "C": "\x1b[31;1m"}
 _RESET = "\x1b[0m"
 
+_configured: set[str | None] = set()
+
 # Libraries whose debug lines (one per PNG chunk, per font, ...) would bury ours.
 _CHATTY = frozenset({"PIL", "asyncio", "filelock", "fsspec", "matplotlib", "numba", "tensorboard", "torch", "urllib3"})
 
@@ -42,6 +44,7 @@ def setup_logging(
     Raises:
         OSError: the folder or file can't be made or written to.
     """
+    _configured.add(name)
     logging.captureWarnings(capture_warnings)
     logger = logging.getLogger(name)
     logger.setLevel(level)
@@ -64,8 +67,14 @@ def cleanup_logging(*, name: str | None = None) -> None:
             logger.removeHandler(handler)
             handler.close()
     logger.propagate = True
+    _configured.discard(name)
     if name is None:
         logging.captureWarnings(False)
+
+
+def configured_loggers() -> list[str | None]:
+    """Names of the loggers that `setup_logging` has set up and `cleanup_logging` not yet cleaned."""
+    return list(_configured)
 
 
 def _log_file(output: Path, rank: int) -> Path:

@@ -1,0 +1,1 @@
+"""Starting jobs: `submit.py` (SLURM and local launcher), `init.py` (the context of a job)."""
