@@ -104,7 +104,9 @@ def _read_flat(
             content = read_file(path)
             config = read_config(path.parent)
         state, found = _unwrap(content, network, path)
-        prefix = _network_prefix(state, network if found is None else None, path)
+        if found is not None and network not in (None, found):
+            raise ValueError(f"{path} has no network {network!r}; it has {found}")
+        prefix = "" if found else _network_prefix(state, network, path)
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}, config
 
 
