@@ -74,3 +74,38 @@ class ToyDataset(torch.utils.data.Dataset[tuple[Any, Any]]):
         tint = fill.tensor(f"toy-class/{target}", (3,), 40).numpy()
         pixels = image(f"{self._name}/{index}", *self._size) * 0.5 + 64 + tint
         return self.transforms(Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), target)
+
+
+def multi_hot(name: str, count: int, classes: int, rate: float = 0.0) -> torch.Tensor:
+    """int64 [count, classes] of zeros and ones."""
+    return (fill.tensor(name, (count, classes)) > rate).to(torch.int64)
+
+
+def clustered(name: str, count: int, dim: int, classes: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [count, dim] around one centre per class, and their classes [count]."""
+    y = labels(f"{name}/labels", count, classes)
+    centres = fill.tensor(f"{name}/centres", (classes, dim))
+    return centres[y] + fill.tensor(f"{name}/noise", (count, dim), spread), y
+
+
+class ToyModel(torch.nn.Module):
+    """The manifest's toy backbone: features of the image averaged to `grid` x `grid` pixels."""
+
+    def __init__(self, dim: int, grid: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(3 * grid * grid, dim) for _ in range(2))
+        self.patch = torch.nn.Linear(3, dim)
+        fill.fill(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[1](self._pooled(x).flatten(1))
+
+    def get_intermediate_layers(self, x: torch.Tensor, n: int = 1, **_: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(patch tokens, class token) of the last n layers."""
+        pooled = self._pooled(x)
+        patches = self.patch(pooled.flatten(2).transpose(1, 2))
+        return [((i + 1) * patches, block(pooled.flatten(1))) for i, block in enumerate(self.blocks)][-n:]
+
+    def _pooled(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(x, self.grid)
