@@ -58,7 +58,7 @@ SAME_LEVEL = {
 # Libraries with few doors: where a module may import them at its top, and where functions may too. Whatever a room
 # imports at the top, all who import the room pay for; torchmetrics alone takes ten seconds.
 DOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "omegaconf": (("dinov3.configs",), ("dinov3.eval",)),
+    "omegaconf": (("dinov3.configs", "dinov3.eval.config", "dinov3.eval.helpers"), ()),
     "torchvision": (
         ("dinov3.data", "dinov3.eval.segmentation.transforms", "dinov3.eval.depth.transforms"),
         ("dinov3.hub", "dinov3.eval", "dinov3.train", "dinov3.run"),
