@@ -130,10 +130,3 @@ def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
         if "://" not in target:
             assert (document.parent / target).exists(), target
-
-
-def test_documents_keep_to_the_line_length() -> None:
-    """Tables aside, whose rows cannot be broken."""
-    for document in DOCUMENTS:
-        long = [line for line in document.read_text().splitlines() if len(line) > 125 and not line.startswith("|")]
-        assert not long, f"{document.name}: {long[0]}"
