@@ -71,7 +71,11 @@ class SeededDataset(Dataset[tuple[int, Any]]):
     def __getitem__(self, draw: Draw) -> tuple[int, Any]:
         iteration, place = divmod(draw.position, self.batch_size)
         with seeded_draws("sample", self.draw_seed, self.rank, iteration, place):
-            return draw.position, self.dataset[draw.index]
+            try:
+                return draw.position, self.dataset[draw.index]
+            except Exception as error:
+                error.add_note(f"while loading sample {draw.index} (iteration {iteration}, place {place} in the batch)")
+                raise
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]

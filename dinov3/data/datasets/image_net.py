@@ -54,7 +54,8 @@ class _Split(Enum):
         path = PurePosixPath(image_relpath)
         class_id = None if self is _Split.TEST else path.parent.name
         number = path.stem.rsplit("_", 1)[-1]
-        if not number.isdecimal() or self.get_image_relpath(int(number), class_id) != str(path.with_suffix(".JPEG")):
+        known = number.isdecimal() and class_id != ""
+        if not known or self.get_image_relpath(int(number), class_id) != str(path.with_suffix(".JPEG")):
             raise ValueError(f"ImageNet: {image_relpath} is not the path of an image of the split {self.name}")
         return class_id, int(number)
 

@@ -147,7 +147,7 @@ def _split(joined: np.ndarray) -> list[str]:
 def _read(file: Path, folder: Path) -> FolderIndex | None:
     """The cached index, or None if there is none that still holds."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             if int(stored["format"]) != _FORMAT:
                 return None
             folders, times = _split(stored["folders"]), stored["times"].tolist()
