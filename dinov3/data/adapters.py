@@ -40,11 +40,11 @@ class DatasetWithEnumeratedTargets(Dataset[tuple[Any, tuple[int, Any]]]):
 
     def get_image_data(self, index: int) -> bytes:
         """The encoded image, as the dataset gives it."""
-        return self._dataset.get_image_data(self._source(index))  # type: ignore[attr-defined, no-any-return]
+        return self._dataset.get_image_data(self._source(index))  # type: ignore[attr-defined]
 
     def get_image_relpath(self, index: int) -> str:
         """The image's path, as the dataset gives it."""
-        return self._dataset.get_image_relpath(self._source(index))  # type: ignore[attr-defined, no-any-return]
+        return self._dataset.get_image_relpath(self._source(index))  # type: ignore[attr-defined]
 
     def get_sample_decoder(self, index: int) -> Any:
         """The dataset's decoder of that sample."""

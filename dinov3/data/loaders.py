@@ -172,7 +172,7 @@ def _make_sampler(
     if size > 0 and kind is not SamplerType.EPOCH:
         raise ValueError(f"sampler_size {size} is only for SamplerType.EPOCH, got SamplerType.{kind.name}")
     if kind in _ENDLESS:
-        common = dict(sample_count=sample_count, shuffle=shuffle, seed=seed, advance=advance, skip=skip)
+        common: dict[str, Any] = dict(sample_count=sample_count, shuffle=shuffle, seed=seed, advance=advance, skip=skip)
         if kind is SamplerType.INFINITE:
             return InfiniteSampler(**common)
         return ShardedInfiniteSampler(**common, use_new_shuffle_tensor_slice=kind is SamplerType.SHARDED_INFINITE_NEW)

@@ -38,10 +38,10 @@ def seeded_draws(*key: int | str) -> Iterator[None]:
 
 
 class Draw(NamedTuple):
-    """One item of a stream: the `position`-th one of this process is the dataset's sample `index`."""
+    """One item of a stream: the `position`-th one of this process is the dataset's sample number `sample`."""
 
     position: int
-    index: int
+    sample: int
 
 
 class PositionedSampler(Sampler[Draw]):
@@ -57,7 +57,7 @@ class PositionedSampler(Sampler[Draw]):
 
 
 class SeededDataset(Dataset[tuple[int, Any]]):
-    """Reads `dataset[draw.index]` under draws seeded by (seed, rank, iteration, place in the batch).
+    """Reads `dataset[draw.sample]` under draws seeded by (seed, rank, iteration, place in the batch).
 
     Items are (position, sample); `SeededCollate` takes the positions off again.
     """
@@ -72,9 +72,11 @@ class SeededDataset(Dataset[tuple[int, Any]]):
         iteration, place = divmod(draw.position, self.batch_size)
         with seeded_draws("sample", self.draw_seed, self.rank, iteration, place):
             try:
-                return draw.position, self.dataset[draw.index]
+                return draw.position, self.dataset[draw.sample]
             except Exception as error:
-                error.add_note(f"while loading sample {draw.index} (iteration {iteration}, place {place} in the batch)")
+                error.add_note(
+                    f"while loading sample {draw.sample} (iteration {iteration}, place {place} in the batch)"
+                )
                 raise
 
     def __len__(self) -> int:

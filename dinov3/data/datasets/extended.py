@@ -32,7 +32,7 @@ class ExtendedVisionDataset(VisionDataset):
         target_transform: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(
-            root=root,  # type: ignore[arg-type]
+            root=root,
             transforms=transforms,
             transform=transform,
             target_transform=target_transform,

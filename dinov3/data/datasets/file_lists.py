@@ -68,7 +68,7 @@ def require_root(dataset: str, root: str | Path | None) -> Path:
     return Path(root).expanduser()
 
 
-def require_split(dataset: str, split: SplitT, kind: type[SplitT]) -> SplitT:
+def require_split(dataset: str, split: SplitT | None, kind: type[SplitT]) -> SplitT:
     """The split.
 
     Raises:

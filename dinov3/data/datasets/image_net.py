@@ -206,18 +206,21 @@ class ImageNet(ExtendedVisionDataset):
         index_and_name = {class_id: (index, name) for index, (class_id, name) in enumerate(classes)}
         if unknown := [class_id for class_id in found if class_id not in index_and_name]:
             raise ValueError(f"ImageNet: folders of {folder} that {_LABELS_FILE} doesn't list: {unknown[:10]}")
-        samples = make_dataset(folder, {name: i for i, name in enumerate(found)}, extensions=(".jpeg",))
+        class_positions = {name: i for i, name in enumerate(found)}
+        samples = make_dataset(folder, class_positions, extensions=(".jpeg",), allow_empty=True)
+        if not samples:
+            raise FileNotFoundError(f"ImageNet: no .JPEG file in the class folders of {folder}")
         rows = []
-        for path, _ in samples:
-            class_id, number = self._split.parse_image_relpath(Path(path).relative_to(self.root).as_posix())
-            class_index, class_name = index_and_name[class_id]
-            rows.append((number, class_index, class_id, class_name))
+        for path, position in samples:
+            _, number = self._split.parse_image_relpath(Path(path).relative_to(self.root).as_posix())
+            class_index, class_name = index_and_name[found[position]]
+            rows.append((number, class_index, found[position], class_name))
         return rows
 
 
 def _as_entries(rows: list[tuple[int, int, str, str]]) -> np.ndarray:
     """Structured array with strings as wide as the longest one."""
-    id_width, name_width = (max((len(row[i]) for row in rows), default=0) for i in (2, 3))
+    id_width, name_width = (max((len(str(row[i])) for row in rows), default=0) for i in (2, 3))
     dtype = [
         ("actual_index", "<u4"),
         ("class_index", "<u4"),

@@ -186,7 +186,7 @@ def _members_from_archive(path: Path) -> Iterator[_Member]:
 
 def _as_entries(rows: list[tuple[int, str, int, int, str]]) -> np.ndarray:
     """Structured array, strings as wide as the longest one; 64-bit offsets only where an archive exceeds 4 GiB."""
-    id_width, name_width = (max((len(row[i]) for row in rows), default=0) for i in (1, 4))
+    id_width, name_width = (max((len(str(row[i])) for row in rows), default=0) for i in (1, 4))
     offset = "<u4" if all(row[3] < 2**32 for row in rows) else "<u8"
     dtype = [
         ("class_index", "<u4"),
