@@ -74,9 +74,8 @@ def pad_to_patches(
     """
     if not isinstance(images, Tensor):
         return _pad_many(images, patch_size, position, value, min_cover)
-    return _pad_to(
-        images, _round_up(images.shape[-2], images.shape[-1], patch_size), patch_size, position, value, min_cover
-    )
+    canvas = _round_up(images.shape[-2], images.shape[-1], patch_size)
+    return _pad_to(images, canvas, patch_size, position, value, min_cover)
 
 
 def resize_to_patches(images: Tensor, patch_size: int) -> Tensor:
