@@ -201,6 +201,7 @@ def _fetch(url: str, file: IO[bytes]) -> str:
                 digest.update(chunk)
                 received += len(chunk)
     except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
         why = {401: "it needs a login", 403: "access refused, or the link has expired", 404: "no such file"}
         reason = why.get(error.code, str(error.reason))
         raise DownloadError(f"{shown} answered {error.code} ({reason}). {LEGAL_SOURCES}") from error

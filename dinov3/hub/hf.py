@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dinov3.checkpointer.export import export_backbone, hf_config
@@ -13,6 +12,7 @@ from dinov3.checkpointer.files import read_config
 from dinov3.checkpointer.layouts import to_hf, to_meta
 from dinov3.checkpointer.sources import local_path
 from dinov3.checkpointer.weights import load_weights, read_weights
+from dinov3.hub.loading import NoInit
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
@@ -37,10 +37,9 @@ def load_hf_model(source: str | os.PathLike[str], *, round_periods: bool = True)
     config = read_config(folder if folder.is_dir() else folder.parent)
     if not config:
         raise ValueError(f"{folder} has no config.json of a DINOv3 model (model_type dinov3_vit or dinov3_convnext)")
-    with torch.device("meta"):
+    with NoInit():
         model = build_model_from_config(config)
-    state = read_weights(folder, like=model, round_periods=round_periods)
-    load_weights(model.to_empty(device=torch.get_default_device()), state)
+    load_weights(model, read_weights(folder, like=model, round_periods=round_periods))
     return model.eval()
 
 
