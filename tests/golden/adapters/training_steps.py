@@ -1,8 +1,7 @@
 """Golden cases of the meta architecture: single steps, and short trainings with the loop's own step."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,32 @@ N_FIRST_OF_GRADIENT, N_FIRST_OF_OUTPUT, N_FIRST_OF_PARAMETER = 64, 256, 8
 
 
 @contextlib.contextmanager
-def registered(archs: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Make architectures available to configurations: functions of `vision_transformer`, called with its options."""
+def registered(archs: Mapping[str, Callable[..., nn.Module]]) -> Iterator[None]:
+    """Make architectures available to configurations, as functions of `vision_transformer`."""
     from dinov3.models import vision_transformer
 
-    def build(defaults: Mapping[str, Any], patch_size: int = 16, **options: Any) -> nn.Module:
-        return vision_transformer.DinoVisionTransformer(patch_size=patch_size, **{**defaults, **options})
-
-    for name, defaults in archs.items():
-        setattr(vision_transformer, name, partial(build, defaults))
+    for name, build in archs.items():
+        setattr(vision_transformer, name, build)
     try:
         yield
     finally:
         for name in archs:
             delattr(vision_transformer, name)
+
+
+def tiny_vit(defaults: Mapping[str, Any], fixed: Mapping[str, Any] | None = None) -> Callable[..., nn.Module]:
+    """A builder of ViTs with the options of the configuration over `defaults`, and `fixed` ones over these."""
+
+    def build(patch_size: int = 16, **options: Any) -> nn.Module:
+        from dinov3.models.vision_transformer import DinoVisionTransformer
+
+        return DinoVisionTransformer(patch_size=patch_size, **{**defaults, **options, **(fixed or {})})
+
+    return build
+
+
+def archs_of(p: Params) -> dict[str, Callable[..., nn.Module]]:
+    return {name: tiny_vit(defaults) for name, defaults in p.get("arch", {}).items()}
 
 
 def build_config(p: Params, tmp_path: Path) -> Any:
@@ -137,7 +148,7 @@ def _step(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by output name, and the orders and absences that are stored as plain data."""
     iteration = p.get("iteration", 0)
-    with registered(p.get("arch", {})):
+    with registered(archs_of(p)):
         cfg = build_config(p, tmp_path)
         model = build_model(cfg, p.get("meta", "SSLMetaArch"))
     batch = build_batch(cfg, p["data"], f"{case}.it0.rank{rank}", mask_samples)  # `iteration` selects weights only
@@ -183,7 +194,7 @@ def trajectory(case: str, p: Params, tmp_path: Path) -> dict[str, Any]:
     from dinov3.configs import apply_scaling_rules_to_cfg
     from dinov3.train.loop import TrainingRun
 
-    with registered(p["arch"]):
+    with registered(archs_of(p)):
         cfg = build_config(p, tmp_path)
         apply_scaling_rules_to_cfg(cfg)
         model = build_model(cfg)
