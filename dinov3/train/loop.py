@@ -31,6 +31,7 @@ from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg
 from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer, clip_gradients
 from dinov3.train.schedules import build_schedulers
 from dinov3.train.ssl_meta_arch import Metrics, SSLMetaArch
+from dinov3.utils.reproducibility import derived_seed
 
 logger = logging.getLogger("dinov3")
 nan_logger = logging.getLogger("nan_logger")
@@ -82,8 +83,7 @@ class NonFinitePolicy:
 
 def seed_iteration(seed: int, iteration: int) -> None:
     """Make this iteration's random draws (drop path, RoPE augmentation) a function of seed, iteration and rank."""
-    key = (seed & 0xFFFF) << 44 | (distributed.get_rank() & 0xFFFF) << 28 | (iteration & 0xFFFFFFF)
-    torch.manual_seed(key)
+    torch.manual_seed(derived_seed("iteration", seed, iteration, distributed.get_rank()))
 
 
 class TrainingRun:

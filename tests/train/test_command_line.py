@@ -25,7 +25,7 @@ def test_every_published_flag_is_accepted() -> None:
     [
         (["train.seed=1", "--output-dir", "OUT"], "options must come before the key=value overrides.*--output-dir"),
         (["train.seed"], "overrides have the form key=value; got: train.seed"),
-        (["--output", "OUT"], "overrides"),
+        (["--output", "OUT"], "unrecognized arguments: --output"),
     ],
 )
 def test_misplaced_or_malformed_arguments_are_refused(
