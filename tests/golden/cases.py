@@ -23,7 +23,7 @@ class Expected:
         value: stored tensor, or plain JSON data (numbers, strings, lists, mappings).
         atol, rtol: elementwise bound |got - value| <= atol + rtol * |value|; both 0 mean equality.
         rtol_of_max: further allowance, this times the largest |value|.
-        rel_rms: if set, also rms(got - value) <= rel_rms * rms(value) + atol.
+        rel_rms: if set, also rms(got - value) <= rel_rms * rms(value).
         transform: applied to what the case returned before it is compared (a summary of a large tensor, say).
         subset: plain data only: every entry of `value` must be there, in order; the result may hold more.
     """
