@@ -64,8 +64,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     16-bit grey values are scaled to 8 bits (Pillow would cut them off at 255); transparency is dropped.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.mode == "I" or image.mode.startswith("I;16"):  # older Pillow opens 16-bit PNG files as "I"
+        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # converting at once would warn
     return image.convert("RGB")

@@ -6,6 +6,7 @@ list of files is kept in `index_cache.py`.
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,12 @@ class ImageFolder(ExtendedVisionDataset):
     def get_image_data(self, index: int) -> bytes:
         """The encoded image of a sample."""
         return (self._folder / self._index.path(index)).read_bytes()
+
+    def decode_image(self, index: int) -> Image.Image:
+        """The decoded image of a sample; Pillow's warnings about odd metadata are not passed on."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return super().decode_image(index)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, index = self._readable_image(index)

@@ -9,6 +9,7 @@ from dinov3.data.datasets.decoders import (
     ImageDataDecoder,
     TargetDecoder,
     UprightImageDataDecoder,
+    to_rgb,
 )
 from tests.helpers.images import broken_images, odd_images
 
@@ -51,3 +52,9 @@ def test_dense_targets_keep_their_values(dtype: type) -> None:
     target = DenseTargetDecoder(buffer.getvalue()).decode()
     assert np.array_equal(np.asarray(target), values)
     assert TargetDecoder(3).decode() == 3
+
+
+def test_32_bit_grey_values_are_taken_as_16_bits() -> None:
+    # Older Pillow opens 16-bit PNG files in this mode.
+    image = Image.fromarray(np.array([[-5, 256, 65535, 70000]], dtype=np.int32))
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 1, 255, 255]

@@ -218,7 +218,10 @@ def _image_of(description: str) -> Any:
 
 def _transform(spec: Spec, make: Any) -> dict[str, Any]:
     how = spec["how"]
-    transform = make(**{key: _as_tuple(value) for key, value in how["kwargs"].items()})
+    kwargs = {key: _as_tuple(value) for key, value in how["kwargs"].items()}
+    if "interpolation" in kwargs:
+        kwargs["interpolation"] = _resolve("dinov3.data.transforms.make_interpolation_mode")(kwargs["interpolation"])
+    transform = make(**kwargs)
     if "seed" not in how:
         return {f"out{i}": transform(pil_image(*_image_of(text))) for i, text in enumerate(how["inputs"])}
     image_name, height, width = _image_of(how["inputs"])
