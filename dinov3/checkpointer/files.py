@@ -188,7 +188,7 @@ def is_dcp(path: Path) -> bool:
 
 def dcp_tensor_names(folder: Path) -> list[str]:
     """The names of all tensors in a DCP folder."""
-    metadata = _read_dcp_metadata(folder)
+    metadata = read_dcp_metadata(folder)
     return [name for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")]
 
 
@@ -199,7 +199,7 @@ def read_dcp(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """
     import torch.distributed.checkpoint as dcp
 
-    metadata = _read_dcp_metadata(folder)
+    metadata = read_dcp_metadata(folder)
 
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
@@ -235,7 +235,12 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
 
 
-def _read_dcp_metadata(folder: Path) -> Any:
+def read_dcp_metadata(folder: Path) -> Any:
+    """The index of a DCP folder (a `torch.distributed.checkpoint.metadata.Metadata`).
+
+    Raises:
+        ValueError: it is damaged, or holds objects that have no place in an index.
+    """
     path = folder / ".metadata"
     # Imported for the class definitions that the index refers to.
     importlib.import_module("torch.distributed.checkpoint")

@@ -1,0 +1,91 @@
+"""First weights of models: into sharded ones of a training, and into backbones for evaluation."""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dinov3.checkpointer import files
+from dinov3.checkpointer.checkpointer import load_model
+from dinov3.checkpointer.weights import NETWORKS, LoadReport, load_weights, read_weights
+
+logger = logging.getLogger("dinov3")
+
+_OTHER_PARTS = ("dino_head", "ibot_head", "dino_loss", "ibot_patch_loss")
+
+
+def init_fsdp_model_from_checkpoint(
+    model: nn.Module,
+    checkpoint_path: str | os.PathLike[str],
+    skip_load_keys: Iterable[str] | None = None,
+    keys_not_sharded: Iterable[str] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Load all keys of a model that training holds (`backbone.…`, `dino_head.…`, …), sharded or not.
+
+    Args:
+        model: on its device. Its state dict must match: nothing is resized, nothing may be missing.
+        checkpoint_path: a DCP folder (an export of a teacher, or a training checkpoint: then its EMA teacher), of which
+            each process reads only its shards, or a file that `read_weights` knows, a released backbone among them.
+        skip_load_keys: entries of a file whose key contains one of these are ignored.
+        keys_not_sharded: accepted; which tensors are sharded is read off the model.
+        process_group: the processes over which `model` is sharded.
+
+    Raises:
+        FileNotFoundError: there is nothing at that path.
+        ValueError, RuntimeError: the keys or shapes differ, and which.
+    """
+    path = Path(checkpoint_path)
+    if files.is_dcp(path):
+        load_model(path, model, _network_prefix(path), process_group)
+        return
+    skipped = tuple(skip_load_keys or ())
+    state = read_weights(checkpoint_path, part="all")
+    state = {key: value for key, value in state.items() if not any(part in key for part in skipped)}
+    own = model.state_dict()
+    sharded = {key: _like(value, own[key]) if key in own else value for key, value in state.items()}
+    report = load_weights(model, sharded)
+    logger.info("loaded %s: %s", checkpoint_path, report)
+
+
+def init_model_from_checkpoint_for_evals(
+    model: nn.Module, pretrained_weights: str | os.PathLike[str], checkpoint_key: str | None = None
+) -> LoadReport:
+    """Load a backbone, whole, from whatever holds one; heads and losses beside it are ignored.
+
+    Args:
+        model: a backbone on its device.
+        pretrained_weights: what `read_weights` knows.
+        checkpoint_key: which network of a checkpoint with several, `"student"` say; `"teacher"` and None: the one that
+            is evaluated, the EMA teacher.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        ValueError: a key of the backbone is missing, unknown, or of another shape.
+    """
+    network = checkpoint_key if checkpoint_key in NETWORKS and checkpoint_key != "teacher" else None
+    state = read_weights(pretrained_weights, network=network, like=model)
+    report = load_weights(model, state, allow_unexpected=_OTHER_PARTS)
+    logger.info("loaded %s: %s", pretrained_weights, report)
+    return report
+
+
+def _network_prefix(folder: Path) -> str:
+    """`"model_ema."` or the like for the checkpoint of a whole training, `""` for that of one network."""
+    first = {name.removeprefix("model.").partition(".")[0] for name in files.dcp_tensor_names(folder)}
+    return next((f"{network}." for network in NETWORKS if network in first), "")
+
+
+def _like(value: Tensor, own: Tensor) -> Tensor:
+    """The shard of `value` that this process holds, if `own` is sharded and has this shape."""
+    if not isinstance(own, DTensor) or value.shape != own.shape:
+        return value
+    # Every process has read the file: each cuts out its own part, none is sent.
+    local = value.to(device=own.device, dtype=own.dtype)
+    return distribute_tensor(local, own.device_mesh, own.placements, src_data_rank=None)
