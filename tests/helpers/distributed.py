@@ -15,7 +15,9 @@ from typing import Any
 # Processes are forked from a server that has imported torch already: the first launch of a test session pays for the
 # import (4 to 7 s), later ones take less than a second, and no state or thread of the test process is inherited.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "tests.helpers.distributed"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "tests.helpers.distributed"]
+)
 
 TIMEOUT_S = 240.0
 
