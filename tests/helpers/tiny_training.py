@@ -15,7 +15,8 @@ from tests.helpers.images import write_image_folder
 
 CONFIG = """
 compute_precision: {param_dtype: fp32}
-student: {arch: vit_tiny_test, patch_size: 4, drop_path_rate: 0.2, n_storage_tokens: 1, pos_embed_rope_rescale_coords: 2}
+student:
+  {arch: vit_tiny_test, patch_size: 4, drop_path_rate: 0.2, n_storage_tokens: 1, pos_embed_rope_rescale_coords: 2}
 dino: {head_n_prototypes: 16, head_bottleneck_dim: 8, head_hidden_dim: 24}
 ibot: {head_n_prototypes: 12, head_bottleneck_dim: 8, head_hidden_dim: 24}
 crops: {local_crops_number: 2, global_crops_size: 16, local_crops_size: 8}
