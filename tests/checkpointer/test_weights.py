@@ -24,7 +24,8 @@ def training_state(backbone: nn.Module, head: float = 0.0, network: str = "") ->
 
 def save_dcp(content: dict[str, Any], folder: Path) -> Path:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*load in a single process|.*save in a single process")
+        # torch warns that one process suffices, and (torch 2.7) of its own use of typed storages.
+        warnings.filterwarnings("ignore", message=".*save in a single process|TypedStorage is deprecated")
         dcp.save(content, checkpoint_id=folder)
     return folder
 

@@ -82,7 +82,9 @@ def test_vit_equals_transformers(kind: str) -> None:
     )
     assert_outputs_equal(ours, theirs.last_hidden_state)
     assert_outputs_equal(features["x_norm_clstoken"], theirs.pooler_output)
-    assert_outputs_equal(features["x_prenorm"], theirs.hidden_states[-1])
+    first = model.get_intermediate_layers(images(), n=[0], return_class_token=True, norm=False)[0]
+    assert_outputs_equal(first[0], theirs.hidden_states[1][:, 1 + model.n_storage_tokens :])
+    assert_outputs_equal(first[1], theirs.hidden_states[1][:, 0])
 
 
 @torch.no_grad()
