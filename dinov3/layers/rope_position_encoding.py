@@ -116,15 +116,15 @@ class RopePositionEmbedding(nn.Module):
         Note: random draws in training mode, in this order: shift (2 values: row, column), jitter (2), rescale (1).
             Tables without random parts are kept until `periods` changes.
         """
-        if self.is_random or torch.compiler.is_compiling() or self.periods.is_inference():
+        if self.is_random or _is_traced() or self.periods.is_inference():
             return self._compute(H, W, n_prefix)
         if self._cached_periods is not self.periods or self._cached_version != self.periods._version:
-            self._cache.clear()  # loaded, moved or changed in place
+            self._cache = {}  # loaded, moved or changed in place
             self._cached_periods, self._cached_version = self.periods, self.periods._version
         key = (H, W, n_prefix)
         if key not in self._cache:
             if len(self._cache) >= _MAX_CACHED:
-                self._cache.clear()
+                self._cache = {}
             # Tables made under inference mode could not take part in a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
                 self._cache[key] = self._compute(H, W, n_prefix)
@@ -192,6 +192,11 @@ def _may_fuse(x: Tensor, sin: Tensor, cos: Tensor) -> bool:
 
     Narrower tables round each product, which is part of their definition; a fused multiply-add would not.
     """
-    if torch.compiler.is_compiling() or sin.dtype in (torch.bfloat16, torch.float16):
+    if _is_traced() or sin.dtype in (torch.bfloat16, torch.float16):
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or sin.requires_grad or cos.requires_grad))
+
+
+def _is_traced() -> bool:
+    """Whether this call is recorded (compiled, exported, traced): its graph must not depend on what ran before."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -312,7 +312,7 @@ class DinoVisionTransformer(nn.Module):
             if mask.shape != patches.shape[:2]:
                 raise ValueError(f"expected masks of shape {tuple(patches.shape[:2])} [B, P], got {tuple(mask.shape)}")
             patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        elif torch.is_grad_enabled():
+        else:
             # Sharded and distributed training want a gradient for every parameter in every step, if only zero.
             cls_token = cls_token + 0 * self.mask_token
         prefix = [cls_token, self.storage_tokens] if self.n_storage_tokens > 0 else [cls_token]

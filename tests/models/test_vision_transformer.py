@@ -227,6 +227,13 @@ def test_whole_model_and_blocks_trace_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(images), model(images))
 
 
+def test_export_gives_the_same_class_tokens() -> None:
+    model, images = make(), torch.randn(1, 3, 8, 8)
+    model(images)  # what was kept from an earlier call must not end up in the graph
+    exported = torch.export.export(model, (images,)).module()
+    torch.testing.assert_close(exported(images), model(images))
+
+
 def test_models_import_with_torch_alone() -> None:
     blocked = ("numpy", "torchvision", "omegaconf", "submitit", "safetensors", "torchmetrics", "sklearn")
     code = (
