@@ -3,7 +3,9 @@
 Sees modules and the backbone protocol only, never a model class.
 """
 
+import dataclasses
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,22 +99,22 @@ def _compile(models: Sequence[nn.ModuleDict], device: torch.device, *, cudagraph
 
 def _shard(model: nn.ModuleDict, group: dist.ProcessGroup, device: torch.device, precision: Any) -> None:
     """`fully_shard` per unit, then per part. Parameters stay float32, computation is in `param_dtype`."""
-    mesh = DeviceMesh.from_group(group, device.type)
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "reshard_after_forward": True,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=resolve_compute_dtype(dtype_dict[precision.param_dtype], device),
-            reduce_dtype=resolve_compute_dtype(dtype_dict[precision.reduce_dtype], device),
-        ),
-    }
+    policy = MixedPrecisionPolicy(
+        param_dtype=resolve_compute_dtype(dtype_dict[precision.param_dtype], device),
+        reduce_dtype=resolve_compute_dtype(dtype_dict[precision.reduce_dtype], device),
+    )
+    # Inside a backbone tokens have the right dtype already, and position tables must keep theirs.
+    without_casts = dataclasses.replace(policy, cast_forward_inputs=False)
+    options: dict[str, Any] = {"mesh": DeviceMesh.from_group(group, device.type), "reshard_after_forward": True}
+    # Backbones return views (tokens by kind); nothing here works in place on them, which is what torch warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for name, part in model.items():
         if name == "backbone":
             units = units_of(part)
             for unit in units:
-                fully_shard(unit, **options)
+                fully_shard(unit, mp_policy=without_casts, **options)
             _prefetch_neighbours(units)
-        fully_shard(part, **options)
+        fully_shard(part, mp_policy=policy, **options)
         if name == "backbone":
             register_fsdp_forward_method(part, "get_intermediate_layers")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from dinov3 import distributed
 from dinov3.checkpointer import save_checkpoint
@@ -53,10 +54,16 @@ def do_test(cfg: Any, model: SSLMetaArch, iteration: str, process_group: Any, do
 
 
 def consolidated_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The full state dict on the CPU of the first rank (empty elsewhere); collective over the sharding group."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_model_state_dict(module, options=options)
-    return {key: value.cpu() for key, value in state.items()}
+    """The full state dict on the CPU of the subgroup's main process, empty elsewhere.
+
+    Collective over the sharding group; one tensor at a time, so that no device ever holds the whole model.
+    """
+    whole = {}
+    for key, value in get_model_state_dict(module).items():
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        if distributed.is_subgroup_main_process():
+            whole[key] = full.cpu()
+    return whole
 
 
 def write_atomically(content: Any, path: Path) -> None:

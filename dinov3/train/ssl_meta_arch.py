@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from dinov3 import distributed
 from dinov3.checkpointer import init_fsdp_model_from_checkpoint
 from dinov3.configs.config import load_teacher_config
 from dinov3.data import DataAugmentationDINO
-from dinov3.fsdp.ac_compile_parallelize import ac_compile_parallelize
+from dinov3.fsdp import ac_compile_parallelize, init_weights
 from dinov3.loss import DINOLoss, GramLoss, KoLeoLoss, KoLeoLossDistributed, iBOTPatchLoss
 from dinov3.train.gram import (
     GramLifecycle,
@@ -33,6 +34,7 @@ from dinov3.train.teachers import (
     LOSS_CENTERS,
     NOT_SHARDED,
     build_distillation_teacher,
+    build_part,
     build_student_and_teacher,
     fill_with_invalid_values,
     follow,
@@ -125,14 +127,13 @@ class SSLMetaArch(nn.Module):
 
     def init_weights(self) -> None:
         """Give every network its first weights: random, or from the checkpoints that the configuration names."""
-        for part in self.student.values():  # backbone, dino_head, ibot_head
-            part.init_weights()  # type: ignore[operator]
+        world, subgroup = distributed.get_default_process_group(), distributed.get_process_subgroup()
+        self._init_randomly(self.student, self.cfg, subgroup)
         self.dino_loss.init_weights()
         self.ibot_patch_loss.init_weights()
         self.model_ema.load_state_dict(self.student.state_dict())
 
         load = partial(init_fsdp_model_from_checkpoint, keys_not_sharded=NOT_SHARDED)
-        world, subgroup = distributed.get_default_process_group(), distributed.get_process_subgroup()
         if self.gram_teacher is not None and self.gram_lifecycle.ckpt:
             load(
                 self.gram_teacher, self.gram_lifecycle.ckpt, skip_load_keys=(*HEADS, *LOSS_CENTERS), process_group=world
@@ -142,16 +143,18 @@ class SSLMetaArch(nn.Module):
             load(self.student, source, skip_load_keys=LOSS_CENTERS, process_group=subgroup)
             self.model_ema.load_state_dict(self.student.state_dict())
         if self.cfg.distillation.enabled:
-            self._init_distillation_teacher(partial(load, process_group=world))
+            source = self.cfg.distillation.checkpoint_path
+            if source == "ignore":
+                logger.warning("distillation.checkpoint_path is 'ignore': the distillation teacher has random weights")
+                self._init_randomly(self.teacher, load_teacher_config(self.cfg.distillation.full_cfg_path), world)
+            else:
+                load(self.teacher, source, skip_load_keys=LOSS_CENTERS, process_group=world)
 
-    def _init_distillation_teacher(self, load: Any) -> None:
-        source = self.cfg.distillation.checkpoint_path
-        if source != "ignore":
-            load(self.teacher, source, skip_load_keys=LOSS_CENTERS)
-            return
-        logger.warning("distillation.checkpoint_path is 'ignore': the distillation teacher has random weights")
-        for part in self.teacher.values():
-            part.init_weights()  # type: ignore[operator]
+    @staticmethod
+    def _init_randomly(network: nn.ModuleDict, cfg: Any, group: ProcessGroup | None) -> None:
+        """Random weights of backbone, dino_head and ibot_head, in this order."""
+        for name, part in network.items():
+            init_weights(part, partial(build_part, cfg, name), group)
 
     @torch.no_grad()
     def update_ema(self, m: float) -> None:

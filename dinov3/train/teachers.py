@@ -42,6 +42,13 @@ def build_student_and_teacher(cfg: Any) -> tuple[nn.ModuleDict, nn.ModuleDict, i
     return student, teacher.requires_grad_(False), embed_dim
 
 
+def build_part(cfg: Any, name: str) -> nn.Module:
+    """The part `name` (backbone, dino_head, ibot_head) of a configuration's network, on the meta device."""
+    with torch.device("meta"):
+        backbone, embed_dim = build_model_from_cfg(cfg, only_teacher=True)
+        return backbone if name == "backbone" else build_heads(cfg, embed_dim)[name]
+
+
 def build_distillation_teacher(cfg: Any, teacher_cfg: Any) -> nn.ModuleDict:
     """The frozen teacher of a distillation, built from its own configuration.
 
