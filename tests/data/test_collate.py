@@ -74,14 +74,26 @@ def test_no_masks_and_no_local_crops_are_possible() -> None:
     assert batch["collated_local_crops"].shape[0] == 0
 
 
-def test_the_circular_shift_moves_masks_and_keeps_their_size() -> None:
-    def draw(shift: bool) -> torch.Tensor:
-        random.seed(3)
-        np.random.seed(3)
-        return collate(make_samples(1), mask_probability=1.0, random_circular_shift=shift)["collated_masks"]
+class FixedMask(MaskingGenerator):
+    """Always masks the top left patch."""
 
-    assert sorted(draw(True).sum(1).tolist()) == sorted(draw(False).sum(1).tolist())
-    assert not torch.equal(draw(True), draw(False))
+    def __call__(self, num_masking_patches: int = 0, **_: Any) -> np.ndarray:
+        return np.arange(self.num_patches).reshape(self.height, self.width) < bool(num_masking_patches)
+
+
+def test_the_circular_shift_rolls_each_mask_by_drawn_rows_and_columns() -> None:
+    batch = collate(
+        make_samples(3),
+        mask_probability=0.7,
+        mask_generator=FixedMask((4, 4)),
+        random_circular_shift=True,
+        python_rng=random.Random(8),
+    )
+    twin = random.Random(8)
+    expected = [4 * twin.randint(0, 3) + twin.randint(0, 3) for _ in range(4)] + [None, None]
+    twin.shuffle(expected)
+    places = [mask.nonzero().item() if mask.any() else None for mask in batch["collated_masks"]]
+    assert places == expected
 
 
 def test_own_generators_replace_the_global_ones() -> None:

@@ -96,21 +96,6 @@ def test_without_a_draw_seed_the_global_generators_are_used(training: Any) -> No
     assert global_state()[1:3] != before[1:3]
 
 
-def test_draws_differ_between_seeds_places_and_processes(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def crops(**options: Any) -> torch.Tensor:
-        return take(training(shuffle=False, **options), 1)[0]["collated_global_crops"]
-
-    first = crops(draw_seed=1)
-    assert not torch.equal(first, crops(draw_seed=2))
-    monkeypatch.setattr(loaders.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(loaders.distributed, "get_world_size", lambda: 1)
-    skipped = make_data_loader(
-        dataset=training.keywords["dataset"], batch_size=3, num_workers=0, shuffle=False, draw_seed=1,
-        collate_fn=training.keywords["collate_fn"], sampler_advance=9,
-    )  # fmt: skip
-    assert not torch.equal(first, take(skipped, 1)[0]["collated_global_crops"])
-
-
 class SameImage:
     """One image under every index, so that only the draws can differ."""
 
@@ -121,10 +106,23 @@ class SameImage:
         return torch.rand(())
 
 
-def test_equal_images_of_a_batch_are_drawn_for_separately() -> None:
-    loader = make_data_loader(dataset=SameImage(), batch_size=4, num_workers=0, draw_seed=0)
-    batches = torch.stack(take(loader, 20))
-    assert batches.unique().numel() == 80
+def draw_per_sample_and_batch(samples: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([*samples, torch.rand(())])
+
+
+def test_every_place_batch_process_and_seed_has_its_own_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for rank, draw_seed in ((0, 0), (0, 1), (1, 0)):
+        monkeypatch.setattr(loaders.distributed, "get_rank", lambda rank=rank: rank)
+        loader = make_data_loader(
+            dataset=SameImage(),
+            batch_size=4,
+            num_workers=0,
+            draw_seed=draw_seed,
+            collate_fn=draw_per_sample_and_batch,
+        )
+        drawn += take(loader, 10)
+    assert torch.stack(drawn).unique().numel() == 3 * 10 * 5
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
