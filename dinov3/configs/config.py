@@ -134,6 +134,13 @@ def apply_scaling_rules_to_cfg(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
+def flat_config(cfg: DictConfig) -> dict[str, Any]:
+    """Dotted keys and plain values of a configuration; lists are values."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return {key: value for name, section in plain.items() for key, value in flatten(str(name), section).items()}
+
+
 def _user_layers(args: Any, *, allow_unknown_keys: bool) -> list[DictConfig]:
     """The file and the overrides of `args`, checked for unknown keys."""
     layers = []

@@ -25,10 +25,12 @@ from dinov3.checkpointer import (
     save_checkpoint,
 )
 from dinov3.checkpointer.random_state import RandomState
+from dinov3.configs.config import flat_config
 from dinov3.logging import MetricLogger
 from dinov3.train.export import do_test
 from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg
 from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer, clip_gradients
+from dinov3.train.resume import RecordedConfig, check_same_student
 from dinov3.train.schedules import build_schedulers
 from dinov3.train.ssl_meta_arch import Metrics, SSLMetaArch
 from dinov3.utils.reproducibility import derived_seed
@@ -106,6 +108,7 @@ class TrainingRun:
         self.total_iterations = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
         self.global_batch_size = global_batch_size(cfg)
         self.random_state = RandomState()
+        self.recorded_config = RecordedConfig(flat_config(cfg))
         self.metric_logger = MetricLogger(delimiter="  ", output_file=str(self.output_dir / "training_metrics.json"))
         multi_distillation = bool(cfg.multidistillation.enabled)
         self.non_finite = NonFinitePolicy(None if multi_distillation else MAX_NON_FINITE_IN_A_ROW)
@@ -119,6 +122,7 @@ class TrainingRun:
             logger.info("No checkpoint in %s: training starts from its initial weights", self.ckpt_dir)
             return 0
         logger.info("Resuming from %s", latest)
+        check_same_student(latest, self.model.student)
         iteration = load_checkpoint(
             latest,
             model=self.model,
@@ -134,7 +138,11 @@ class TrainingRun:
         return start
 
     def _extra_state(self) -> dict[str, Any]:
-        return {"random_state": self.random_state, "metric_logger": self.metric_logger}
+        return {
+            "random_state": self.random_state,
+            "metric_logger": self.metric_logger,
+            "config": self.recorded_config,
+        }
 
     def batches(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """(iteration, batch) pairs from the start iteration to the end, with log lines on the way."""
