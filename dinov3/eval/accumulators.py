@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from dinov3.distributed import gather_all_tensors
+from dinov3.eval.data import equal_widths
 
 
 class ResultsAccumulator:
@@ -38,18 +38,10 @@ class ResultsAccumulator:
         if not self._index:
             raise ValueError("no result was added: there is nothing to accumulate")
         index, preds, target = (
-            torch.cat(_equal_width(gather_all_tensors(torch.cat(_equal_width(rows)))))
+            torch.cat(equal_widths(gather_all_tensors(torch.cat(equal_widths(rows, -1))), -1))
             for rows in (self._index, self._preds, self._target)
         )
         order = index.argsort(stable=True)
         first = torch.ones(len(order), dtype=torch.bool)
         first[1:] = index[order][1:] != index[order][:-1]
         return {"preds": preds[order[first]], "target": target[order[first]]}
-
-
-def _equal_width(rows: list[Tensor]) -> list[Tensor]:
-    """Fill lists `[B, L]` up with -1 to the longest."""
-    if rows[0].ndim != 2 or len({r.shape[1] for r in rows}) == 1:
-        return rows
-    longest = max(r.shape[1] for r in rows)
-    return [pad(r, (0, longest - r.shape[1]), value=-1) for r in rows]

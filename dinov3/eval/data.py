@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Subset, default_collate
 
@@ -197,3 +198,11 @@ def pad_multilabel_and_collate(
         torch.tensor(indices),
         pad_sequence(rows, batch_first=True, padding_value=pad_value),
     )
+
+
+def equal_widths(rows: Sequence[Tensor], padding: float) -> list[Tensor]:
+    """Tables `[B, L]` filled up to the width of the widest; tensors of other shapes as they are."""
+    if rows[0].ndim != 2:
+        return list(rows)
+    widest = max(table.shape[1] for table in rows)
+    return [pad(table, (0, widest - table.shape[1]), value=padding) for table in rows]

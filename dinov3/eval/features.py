@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader
+from dinov3.eval.data import SubsetEx, equal_widths, pad_multilabel_and_collate
 from dinov3.logging import MetricLogger
 from dinov3.utils.device import default_device
 
@@ -109,7 +110,13 @@ def module_device(module: nn.Module) -> torch.device:
 # Not inference mode: the first forward of a model sharded by FSDP must not run in it.
 @torch.no_grad()
 def extract_features(
-    model: nn.Module, dataset: Any, batch_size: int, num_workers: int, gather_on_cpu: bool = False
+    model: nn.Module,
+    dataset: Any,
+    batch_size: int,
+    num_workers: int,
+    gather_on_cpu: bool = False,
+    *,
+    lists_of_labels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of a whole data set, in its order, on every process.
 
@@ -122,9 +129,10 @@ def extract_features(
         batch_size: per process.
         num_workers: of the data loader, per process.
         gather_on_cpu: keep the result on the CPU rather than on the model's device.
+        lists_of_labels: a target is a list of class numbers; labels are padded with -1.
 
     Returns:
-        Features, float32 `[N, D]`, and labels, int64 `[N]` or `[N, C]`.
+        Features, float32 `[N, D]`, and labels, int64 `[N]`, or `[N, C]` of multi-hot rows and padded lists.
 
     Raises:
         ValueError: the data set is empty.
@@ -140,6 +148,7 @@ def extract_features(
         shuffle=False,
         sampler_type=SamplerType.DISTRIBUTED,
         drop_last=False,
+        collate_fn=pad_multilabel_and_collate if lists_of_labels else None,
     )
     features: Tensor | None = None
     labels: Tensor | None = None
@@ -147,17 +156,62 @@ def extract_features(
         batch = model(samples.to(device, non_blocking=True)).float()
         # All processes have equally many batches; the last ones repeat samples, which are then written twice.
         rows = torch.cat(distributed.gather_all_tensors(index.to(device))).to(home)
-        batch = torch.cat(distributed.gather_all_tensors(batch)).to(home)
-        targets = torch.cat(distributed.gather_all_tensors(targets.to(device))).to(home)
-        if features is None or labels is None:
-            features = torch.zeros(len(dataset), *batch.shape[1:], device=home)
-            labels = torch.full((len(dataset), *targets.shape[1:]), -1, dtype=torch.int64, device=home)
-        features[rows] = batch
-        labels[rows] = targets.to(torch.int64)
+        features = _written(features, rows, batch, 0.0, len(dataset), home)
+        labels = _written(labels, rows, targets.to(device, torch.int64), -1, len(dataset), home)
     assert features is not None
     assert labels is not None
     logger.info("features of %d samples: %s on %s", len(dataset), tuple(features.shape), home)
     return features, labels
+
+
+def _written(
+    table: Tensor | None, rows: Tensor, values: Tensor, padding: float, count: int, home: torch.device
+) -> Tensor:
+    """The table `[count, ...]` with the values of all processes in these rows; made, and widened, as needed."""
+    gathered = equal_widths(distributed.gather_all_tensors(values), padding)
+    merged = torch.cat(gathered).to(home)
+    if table is None:
+        table = torch.full((count, *merged.shape[1:]), padding, dtype=values.dtype, device=home)
+    table, merged = equal_widths([table, merged], padding)
+    table[rows] = merged
+    return table
+
+
+@torch.no_grad()
+def extract_subsets(
+    model: nn.Module, dataset: Any, subsets: Mapping[int, Any], batch_size: int, num_workers: int
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Features and labels, on the CPU, of several parts of a data set; what they share is extracted once.
+
+    Args:
+        model, batch_size, num_workers: as in `extract_features`.
+        dataset: the whole.
+        subsets: `Subset`s of it, or the whole itself.
+    """
+    parts = {t: torch.as_tensor(s.indices) for t, s in subsets.items() if s is not dataset}
+    union = torch.cat(list(parts.values())).unique() if len(parts) == len(subsets) else torch.arange(len(dataset))
+    needed = dataset if len(union) == len(dataset) else SubsetEx(dataset, union.tolist())
+    features, labels = extract_features(model, needed, batch_size, num_workers, gather_on_cpu=True)
+    rows = {t: torch.searchsorted(union, parts[t]) if t in parts else slice(None) for t in subsets}
+    return {t: (features[r], labels[r]) for t, r in rows.items()}
+
+
+def on_device_if_it_fits(features: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The features on `device` if they leave half of its free memory; otherwise where they are, with a log line.
+
+    Args:
+        features: any tensor.
+        device: where they are going to be used.
+        dtype: what they are converted to; None: no conversion.
+    """
+    features = features.to(dtype or features.dtype)
+    if features.device.type == device.type or device.type == "cpu":
+        return features.to(device)
+    memory_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if memory_info is not None and features.nbytes > memory_info(device)[0] // 2:
+        logger.info("the features (%.1f GiB) stay in host memory", features.nbytes / 2**30)
+        return features
+    return features.to(device)
 
 
 def save_features_dict(features_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

@@ -24,7 +24,8 @@ from dinov3 import distributed
 from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.data.transforms import CROP_DEFAULT_SIZE, RESIZE_DEFAULT_SIZE, get_target_transform
 from dinov3.eval.config import MISSING, FewShotConfig, ModelConfig, TransformConfig
-from dinov3.eval.data import SubsetEx, create_train_dataset_dict, get_num_classes
+from dinov3.eval.data import create_train_dataset_dict, get_num_classes
+from dinov3.eval.features import extract_subsets, on_device_if_it_fits
 from dinov3.eval.helpers import args_dict_to_dataclass, run_main, write_results
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.setup import autocast_context, load_model_and_context
@@ -32,7 +33,6 @@ from dinov3.eval.utils import (
     ModelWithNormalize,
     average_metrics,
     evaluate,
-    extract_features,
     make_eval_data_loader,
     save_results,
 )
@@ -139,7 +139,7 @@ class KnnModule(nn.Module):
         self.num_classes = num_classes if train_labels.ndim == 1 else train_labels.shape[1]
         self.skip_first_nn = skip_first_nn
         self.similarity_dtype = similarity_dtype
-        self.train_features = _on_device_if_it_fits(train_features, torch.device(device), similarity_dtype)
+        self.train_features = on_device_if_it_fits(train_features, torch.device(device), similarity_dtype)
         self.train_labels = train_labels.to(device)
 
     def compute_neighbors(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,17 +163,6 @@ class KnnModule(nn.Module):
         return nearest_neighbours(
             features, self.train_features, max(self.ks) + int(self.skip_first_nn), dtype=self.similarity_dtype
         )
-
-
-def _on_device_if_it_fits(features: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    features = features.to(dtype or features.dtype)
-    if features.device.type == device.type or device.type == "cpu":
-        return features.to(device)
-    memory_info = getattr(torch.get_device_module(device), "mem_get_info", None)
-    if memory_info is not None and features.nbytes > memory_info(device)[0] // 2:
-        logger.info("the train features (%.1f GiB) stay in host memory", features.nbytes / 2**30)
-        return features
-    return features.to(device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,8 +206,12 @@ def eval_knn_with_model(*, model: nn.Module, autocast_dtype: torch.dtype, config
         for name in (config.train.dataset, config.eval.test_dataset)
     )
     num_classes = get_num_classes(train_dataset)
+    few_shot = config.few_shot
+    subsets = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
     with autocast_context(device, autocast_dtype):
-        train_sets = _extract_train_sets(normalized, train_dataset, config)
+        train_sets = extract_subsets(
+            normalized, train_dataset, subsets, config.train.batch_size, config.train.num_workers
+        )
         dtype = resolve_compute_dtype(as_torch_dtype(config.train.similarity_dtype or autocast_dtype), device)
         classifier = _KnnOnModel(normalized, _make_knn_modules(train_sets, config, device, dtype, num_classes))
         keys = [(t, k) for t, knn in classifier.knn_modules.items() for k in knn.ks]
@@ -254,22 +247,6 @@ def _make_transform(config: TransformConfig) -> Any:
             *(config.resize_size, config.crop_size, RESIZE_DEFAULT_SIZE, CROP_DEFAULT_SIZE),
         )
     return make_classification_eval_transform(resize_size=config.resize_size, crop_size=config.crop_size)
-
-
-def _extract_train_sets(model: nn.Module, dataset: Any, config: KnnEvalConfig) -> dict[int, tuple[Tensor, Tensor]]:
-    """Features and labels of each try's train set; what several tries share is extracted once."""
-    few_shot = config.few_shot
-    subsets = create_train_dataset_dict(dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
-    if not few_shot.enable:
-        return {0: _extract(model, dataset, config.train)}
-    union = torch.tensor(sorted({i for subset in subsets.values() for i in subset.indices}))
-    features, labels = _extract(model, SubsetEx(dataset, union.tolist()), config.train)
-    rows = {t: torch.searchsorted(union, torch.tensor(subset.indices)) for t, subset in subsets.items()}
-    return {t: (features[r], labels[r]) for t, r in rows.items()}
-
-
-def _extract(model: nn.Module, dataset: Any, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    return extract_features(model, dataset, config.batch_size, config.num_workers, gather_on_cpu=True)
 
 
 def _make_knn_modules(

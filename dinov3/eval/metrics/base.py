@@ -16,10 +16,14 @@ class Metric(ABC):
     A subclass names its states with their start values and annotates them; `update` adds to the attributes of these
     names, `compute` makes the numbers out of `merged`. `compute` is a collective: every process of the world must call
     it, and every process gets the same answer.
+
+    Attributes:
+        synchronized: set to False, this process counts for itself: `compute` is no collective then.
     """
 
     def __init__(self, **states: Tensor) -> None:
         self._start = states
+        self.synchronized = True
         self.device = torch.device("cpu")
         self.reset()
 
@@ -44,8 +48,9 @@ class Metric(ABC):
         """The numbers over all samples of all processes so far, by key."""
 
     def merged(self, *names: str) -> list[Tensor]:
-        """States of these names, summed over all processes."""
-        return [_sum_over_processes(getattr(self, name)) for name in names]
+        """States of these names, summed over all processes (unless `synchronized` is False)."""
+        states: list[Tensor] = [getattr(self, name) for name in names]
+        return [_sum_over_processes(state) for state in states] if self.synchronized else states
 
 
 class ScoreMetric(Metric):
@@ -82,12 +87,14 @@ class ScoreMetric(Metric):
         self._target.append(target.to(self.device, torch.int64))
 
     def gathered(self) -> tuple[Tensor, Tensor]:
-        """Scores and targets of all processes.
+        """Scores and targets of all processes (of this one, if `synchronized` is False).
 
         Raises:
             ValueError: there are none.
         """
-        preds, target = (torch.cat(gather_all_tensors(torch.cat(rows))) for rows in (self._preds, self._target))
+        preds, target = (torch.cat(rows) for rows in (self._preds, self._target))
+        if self.synchronized:
+            preds, target = (torch.cat(gather_all_tensors(rows)) for rows in (preds, target))
         if len(preds) == 0:
             raise ValueError(f"{type(self).__name__}: no sample was counted, there is nothing to compute")
         return preds, target
