@@ -149,7 +149,12 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if any(Path(name).name != name for name in names):  # shards lie in the folder itself
+                raise ValueError(f"it names files elsewhere: {names}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not a valid index of shards: {error!r}") from error
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (folder / name).exists()]

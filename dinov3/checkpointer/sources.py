@@ -66,7 +66,8 @@ def local_path(source: str | os.PathLike[str], *, check_hash: bool | None = None
         raise ValueError(f"got {text!r}: addresses can be http://, https:// or file://")
     path = Path(urllib.request.url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text).expanduser()
     if not path.exists():
-        if scheme or not isinstance(source, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        is_name = isinstance(source, str) and not scheme and re.fullmatch(r"[\w.-]+/[\w.-]+", text)
+        if not is_name or text.endswith(_FILE_SUFFIXES):
             raise FileNotFoundError(f"no weights at {path}. {LEGAL_SOURCES}")
         path = huggingface_snapshot(text)
     if check_hash:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import logging
 import os
 import re
 from functools import partial
@@ -16,6 +17,8 @@ from dinov3.hub.registry import BACKBONES, NORMALIZATIONS, BackboneEntry, Weight
 from dinov3.hub.transforms import make_transform
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
+
+logger = logging.getLogger("dinov3")
 
 # What `weights` may be; the annotation of the entry points.
 WeightsLike = Weights | str | os.PathLike[str]
@@ -127,6 +130,8 @@ def _resolve(
         if member not in entry.hashes:
             raise ValueError(f"{entry.name} has no weights {member.name}; released are: {available}")
         return entry.url(member, **({"hash": entry.hashes[member]} | address)), member
+    if address:
+        logger.warning("%s: %s ignored, part of Meta's addresses only", entry.name, " and ".join(address))
     if not isinstance(weights, str | os.PathLike):
         raise TypeError(f"got {weights!r} for weights, expected one of {available}, a path, an address or a name")
     text = os.fspath(weights)

@@ -107,6 +107,13 @@ def test_sharded_hugging_face_folder(tmp_path: Path) -> None:
         read_weights(folder)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": {"a": "../elsewhere.safetensors"}}', "{}"])
+def test_a_bad_index_of_shards_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="not a valid index of shards"):
+        read_weights(tmp_path)
+
+
 # --- Folders of torch.distributed.checkpoint -------------------------------------------------------------------------
 
 

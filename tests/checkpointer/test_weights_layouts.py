@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from dinov3.checkpointer.export import hf_config
 from dinov3.checkpointer.layouts import Layout, recognise, rope_periods, to_hf, to_meta, to_timm
+from dinov3.hub.loading import load_backbone
+from tests.golden.fill import fill
 from tests.helpers.backbones import VITS, assert_states_equal, tiny_convnext, tiny_vit
 
 # What the issue allows between equally good float32 computations.
@@ -284,3 +286,30 @@ def test_an_unmasked_key_bias_is_kept() -> None:
 
 def test_no_layer_scale_is_a_layer_scale_of_one() -> None:
     assert to_hf(tiny_vit(layerscale_init=None).state_dict())["layer.1.layer_scale2.lambda1"].eq(1).all()
+
+
+# --- Real sizes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "timm_name", "size"),
+    [
+        ("dinov3_vits16", "vit_small_patch16_dinov3_qkvb", (224, 224)),
+        ("dinov3_vits16plus", "vit_small_plus_patch16_dinov3_qkvb", (224, 160)),
+        ("dinov3_convnext_tiny", "convnext_tiny.dinov3_lvd1689m", (230, 190)),
+    ],
+)
+@torch.no_grad()
+def test_released_sizes_equal_transformers_and_timm(name: str, timm_name: str, size: tuple[int, int]) -> None:
+    import timm
+
+    model = fill(load_backbone(name, pretrained=False)).eval()
+    vit = hasattr(model, "rope_embed")
+    x = images(*size)[:1]
+    features, theirs = model.forward_features(x), hf_module(model)(x)
+    assert_outputs_equal(features["x_norm_clstoken"], theirs.pooler_output)
+    assert_outputs_equal(features["x_norm_patchtokens"], theirs.last_hidden_state[:, 5 if vit else 1 :])
+    options = {"dynamic_img_size": True, "global_pool": "token"} if vit else {}
+    other = timm.create_model(timm_name, num_classes=0, **options).eval()
+    other.load_state_dict(to_timm(model.state_dict()))
+    assert_outputs_equal(model(x), other(x))

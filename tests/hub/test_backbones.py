@@ -240,6 +240,13 @@ def test_weights_by_their_name_on_hugging_face(tmp_path: Path, monkeypatch: pyte
         dinov3_vits16(weights=name)
 
 
+def test_a_hash_that_has_no_effect_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = export_backbone(random_model(dinov3_vits16, **TINY), tmp_path / "a.pth")
+    with caplog.at_level(logging.WARNING, "dinov3"):
+        dinov3_vits16(weights=path, hash="12345678", **TINY)
+    assert "dinov3_vits16: hash ignored" in caplog.text
+
+
 def test_teacher_checkpoints_of_a_training_fit_too(tmp_path: Path) -> None:
     source = random_model(dinov3_vits16, **TINY)
     state = {f"backbone.{key}": value for key, value in source.state_dict().items()} | {"dino_head.x": torch.zeros(1)}

@@ -208,7 +208,9 @@ def test_local_files_are_used_where_they_lie(tmp_path: Path, cache: Path, monkey
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("source", ["/no/such/file.pth", "file:///no/such/file.pth", "~/no/such.pth", Path("a/b")])
+@pytest.mark.parametrize(
+    "source", ["/no/such/file.pth", "file:///no/such/file.pth", "~/no/such.pth", "runs/typo.pth", Path("a/b")]
+)
 def test_a_missing_file_says_where_weights_can_be_had(source: str | Path) -> None:
     with pytest.raises(FileNotFoundError, match="no weights at") as error:
         read_weights(source)
