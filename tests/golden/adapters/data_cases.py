@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
@@ -29,6 +30,9 @@ Spec = Mapping[str, Any]
 Runner = Callable[[Path], dict[str, Any]]
 _AREA = "data_evals"
 _BLUR_TRIES = 400
+# Pillow 13, with which the cases were made, resizes some shapes (21 x 17 to 16 x 16, say) unlike Pillow 10.3 to 12.2: up
+# to 10 grey levels apart, 7 % of the largest value in these cases.
+_OLD_PILLOW_SLACK = 0.1 if int(PIL.__version__.split(".")[0]) < 13 else 0.0
 
 
 def data_case(name: str, spec: Spec, stored: Mapping[str, Tensor]) -> Case | None:
@@ -41,15 +45,16 @@ def data_case(name: str, spec: Spec, stored: Mapping[str, Tensor]) -> Case | Non
         expected = _blur_expectations(values["rates"])
     else:
         expected = {key: _expect(value, spec["tolerance"]) for key, value in values.items()}
-        expected |= {key: _expect(stored[f"{name}/{key}"], spec["tolerance"]) for key in spec["tensors"]}
+        slack = _OLD_PILLOW_SLACK if spec["target"] == "dinov3.data.DataAugmentationDINO" else 0.0
+        expected |= {key: _expect(stored[f"{name}/{key}"], spec["tolerance"], slack) for key in spec["tensors"]}
     return Case(_AREA, name, run, expected, stored_keys=frozenset(f"{name}/{key}" for key in spec["tensors"]))
 
 
-def _expect(value: Any, tolerance: Any) -> Expected:
+def _expect(value: Any, tolerance: Any, slack: float = 0.0) -> Expected:
     # Draws that follow a computation are compared exactly; tolerances are for resampled pixels.
     if tolerance == "exact" or not isinstance(value, Tensor):
         return Expected(value)
-    return Expected(value, atol=tolerance["atol"], rtol=tolerance["rtol"])
+    return Expected(value, atol=tolerance["atol"], rtol=tolerance["rtol"], rtol_of_max=slack)
 
 
 def _run(spec: Spec, folder: Path) -> dict[str, Any]:
