@@ -27,7 +27,8 @@ def register_dont_save_hooks(module: nn.Module, dont_save: Iterable[str]) -> Non
     def keep_own(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, tensor in _own_tensors(module).items():
             if _clean(name) in unsaved:
-                state_dict.setdefault(prefix + name, tensor.detach())
+                # The wrappers expect names without themselves, as in a state dict.
+                state_dict.setdefault(prefix + _clean(name), tensor.detach())
 
     module.register_state_dict_post_hook(drop)
     module.register_load_state_dict_pre_hook(keep_own)

@@ -18,7 +18,7 @@ _RESET = "\x1b[0m"
 _configured: set[str | None] = set()
 
 # Libraries whose debug lines (one per PNG chunk, per font, ...) would bury ours.
-_CHATTY = frozenset({"PIL", "asyncio", "filelock", "fsspec", "matplotlib", "numba", "tensorboard", "torch", "urllib3"})
+_CHATTY = ("PIL", "asyncio", "c10d", "filelock", "fsspec", "matplotlib", "numba", "tensorboard", "torch", "urllib3")
 
 
 def setup_logging(
@@ -94,7 +94,7 @@ def _add_handler(logger: logging.Logger, handler: "_StdoutHandler | _LogFileHand
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.DEBUG or record.name.partition(".")[0] not in _CHATTY
+    return record.levelno > logging.DEBUG or not record.name.startswith(_CHATTY)
 
 
 class _Formatter(logging.Formatter):
