@@ -133,6 +133,36 @@ def get_batch_subset(
     return subset
 
 
+def split_batch(
+    collated_data_batch: Mapping[str, Any], n_parts: int, *, n_global_crops: int = 2
+) -> list[dict[str, Any]]:
+    """The batch as `n_parts` batches of equally many images each, in order (gradient accumulation).
+
+    Args:
+        collated_data_batch: output of `collate_data_and_cast`. Not changed.
+        n_parts: how many; 1 gives the batch itself.
+        n_global_crops: global crops per image.
+
+    Raises:
+        ValueError: the number of images is not a multiple of `n_parts`.
+    """
+    if n_parts == 1:
+        return [dict(collated_data_batch)]
+    n_images = _per_group(collated_data_batch["collated_global_crops"], n_global_crops, "collated_global_crops")
+    if n_parts < 1 or n_images % n_parts:
+        raise ValueError(f"a batch of {n_images} images cannot be split into {n_parts} equal parts")
+    crop_keys = ("collated_global_crops", "collated_local_crops", "collated_gram_teacher_crops", "collated_masks")
+    parts = []
+    for i in range(n_parts):
+        images = slice(i * n_images // n_parts, (i + 1) * n_images // n_parts)
+        part = dict(collated_data_batch)
+        for key in crop_keys:
+            if key in part:
+                part[key] = part[key].unflatten(0, (-1, n_images))[:, images].flatten(0, 1)
+        parts.append(part | _mask_entries(part["collated_masks"]))
+    return parts
+
+
 def _stack_crops(crops: Sequence[Mapping[str, Any]], key: str) -> Tensor:
     """[n_crops * B0, 3, H, W], all first crops before all second ones."""
     n_crops = len(crops[0][key])

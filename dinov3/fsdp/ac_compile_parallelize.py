@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from dinov3 import distributed
 from dinov3.fsdp.activation_checkpointing import checkpoint_activations
@@ -117,6 +117,13 @@ def _shard(model: nn.ModuleDict, group: dist.ProcessGroup, device: torch.device,
         fully_shard(part, mp_policy=policy, **options)
         if name == "backbone":
             register_fsdp_forward_method(part, "get_intermediate_layers")
+
+
+def synchronize_gradients(trained_model: nn.ModuleDict, *, enabled: bool) -> None:
+    """Whether the next backward pass averages gradients over processes, or leaves that to a later one."""
+    for part in trained_model.values():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(enabled)
 
 
 def units_of(backbone: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from dinov3.checkpointer import (
 )
 from dinov3.checkpointer.random_state import RandomState
 from dinov3.configs.config import flat_config
+from dinov3.data.collate import split_batch
+from dinov3.fsdp import synchronize_gradients
 from dinov3.logging import MetricLogger
 from dinov3.train.export import do_test
 from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg
@@ -107,6 +109,7 @@ class TrainingRun:
         self.schedules = build_schedulers(cfg)
         self.total_iterations = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
         self.global_batch_size = global_batch_size(cfg)
+        self.n_parts = cfg.train.get("gradient_accumulation", 1)
         self.random_state = RandomState()
         self.recorded_config = RecordedConfig(flat_config(cfg))
         self.metric_logger = MetricLogger(delimiter="  ", output_file=str(self.output_dir / "training_metrics.json"))
@@ -162,7 +165,7 @@ class TrainingRun:
         apply_optim_scheduler(self.optimizer, lr, wd, last_layer_lr)
         self.optimizer.zero_grad(set_to_none=True)
         batch = {**batch, "global_batch_size": self.global_batch_size}
-        total_loss, metrics = self.model.forward_backward(batch, teacher_temp=teacher_temp, iteration=iteration)
+        total_loss, metrics = self._accumulate(iteration, batch, teacher_temp)
         metrics |= clip_gradients(self.model.student, self.cfg.optim.clip_grad)
         if not self.non_finite.skips(iteration, total_loss, metrics):
             self.optimizer.step()
@@ -172,6 +175,22 @@ class TrainingRun:
             self.n_gram_updates += 1
         scheduled = {"lr": lr, "wd": wd, "mom": momentum, "last_layer_lr": last_layer_lr}
         return scheduled | {"total_loss": total_loss} | metrics
+
+    def _accumulate(self, iteration: int, batch: Mapping[str, Any], teacher_temp: float) -> tuple[Tensor, Metrics]:
+        """Gradients, total loss and metrics as means over the parts in which the batch is computed.
+
+        Targets (Sinkhorn) and KoLeo's neighbours are those within a part, as if each part were a batch of its own.
+        """
+        parts = split_batch(batch, self.n_parts)
+        results = []
+        for i, part in enumerate(parts):
+            synchronize_gradients(self.model.student, enabled=i == len(parts) - 1)
+            results.append(self.model.forward_backward(part, teacher_temp=teacher_temp, iteration=iteration))
+        if len(parts) == 1:
+            return results[0]
+        gradients = [param.grad for param in self.model.student.parameters() if param.grad is not None]
+        torch._foreach_div_(gradients, len(parts))
+        return mean_over_parts(results)
 
     def log(self, metrics: Metrics) -> None:
         """Hand the metrics, averaged over the process subgroup, to the meters (no wait for the device)."""
@@ -237,6 +256,15 @@ def global_batch_size(cfg: Any) -> int:
     if cfg.multidistillation.enabled:
         return int(cfg.multidistillation.global_batch_size)
     return int(cfg.train.batch_size_per_gpu) * distributed.get_world_size()
+
+
+def mean_over_parts(results: Sequence[tuple[Tensor, Metrics]]) -> tuple[Tensor, Metrics]:
+    """Mean of total losses and of metrics; `local_batch_size` adds up."""
+    metrics: Metrics = {}
+    for name in results[0][1]:
+        total = sum(part[name] for _, part in results)
+        metrics[name] = total if name == "local_batch_size" else total / len(results)
+    return torch.stack([loss for loss, _ in results]).mean(), metrics
 
 
 def average_over_ranks(metrics: Metrics) -> Metrics:

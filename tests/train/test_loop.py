@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov3.train.loop import NonFinitePolicy, drop_rows_from, seed_iteration
+from dinov3.train.loop import NonFinitePolicy, drop_rows_from, mean_over_parts, seed_iteration
 from dinov3.train.optimizer import apply_optim_scheduler, clip_gradients
 
 
@@ -35,6 +35,12 @@ def test_metric_rows_that_will_be_done_again_are_dropped(tmp_path: Path) -> None
     assert file.read_text() == "".join(f"{row}\n" for row in rows[:2])
     drop_rows_from(tmp_path / "none.json", 5)
     assert not (tmp_path / "none.json").exists()
+
+
+def test_accumulated_parts_give_means_and_the_size_of_the_whole_batch() -> None:
+    parts = [(torch.tensor(float(i)), {"local_batch_size": 2.0, "ibot_loss": torch.tensor(3.0 * i)}) for i in range(3)]
+    loss, metrics = mean_over_parts(parts)
+    assert (loss.item(), metrics["local_batch_size"], float(metrics["ibot_loss"])) == (1.0, 6.0, 3.0)
 
 
 def test_draws_depend_on_seed_and_iteration_only() -> None:

@@ -151,3 +151,31 @@ def test_random_weights_are_those_of_one_process_and_no_shard_repeats_another(tm
         assert all(torch.equal(several[name], value) for name, value in alone.items())
     qkv = alone["backbone.blocks.0.attn.qkv.weight"]
     assert not torch.equal(*qkv.chunk(2)), "halves that two ranks would hold"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_accumulated_gradients_are_the_mean_over_the_parts(world: int, weights: Path, tmp_path: Path) -> None:
+    for result in run_distributed(gradients_whole_and_in_parts, world, tmp_path, weights, tmp_path):
+        assert_close(result["accumulated"], result["mean"], rtol=1e-5)
+
+
+def gradients_whole_and_in_parts(weights: Path, output_dir: Path) -> dict[str, dict[str, Tensor]]:
+    """Gradients of two accumulated parts, and the mean of those of each part alone."""
+    from dinov3 import distributed
+    from dinov3.data.collate import split_batch
+
+    run = build_run(output_dir, weights)
+    student = run.model.student
+    batch = batch_of_rank(0, distributed.get_rank(), distributed.get_world_size()) | {"global_batch_size": B}
+
+    def gradients(batch: Any, n_parts: int) -> dict[str, Tensor]:
+        run.optimizer.zero_grad()
+        run.n_parts = n_parts
+        run._accumulate(0, batch, 0.06)
+        return {name: whole(param.grad) for name, param in student.named_parameters() if param.grad is not None}
+
+    first, second = (gradients(part, 1) for part in split_batch(batch, 2))
+    return {
+        "accumulated": gradients(batch, 2),
+        "mean": {name: (first[name] + second[name]) / 2 for name in first},
+    }
