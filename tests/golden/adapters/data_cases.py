@@ -30,8 +30,8 @@ Spec = Mapping[str, Any]
 Runner = Callable[[Path], dict[str, Any]]
 _AREA = "data_evals"
 _BLUR_TRIES = 400
-# Pillow 13, with which the cases were made, resizes some shapes (21 x 17 to 16 x 16, say) unlike Pillow 10.3 to 12.2: up
-# to 10 grey levels apart, 7 % of the largest value in these cases.
+# Pillow 13, with which the cases were made, resizes some shapes (21 x 17 to 16 x 16, say) unlike Pillow 10.3 to 12.2:
+# up to 10 grey levels apart, 7 % of the largest value in these cases.
 _OLD_PILLOW_SLACK = 0.1 if int(PIL.__version__.split(".")[0]) < 13 else 0.0
 
 
