@@ -10,14 +10,17 @@ logistic loss per label. It is convex: every solver ends at the same probabiliti
 How it is solved: L-BFGS in coordinates in which the curvature is nearly the same in all directions. The second
 derivative is about `a_k S + I / (C n)`, S the second moment of the centred features and a_k the mean of p (1 - p) of
 output k. In the eigenvectors of S it is diagonal, and the penalty, a sum of squares, doesn't notice the rotation. A few
-dozen steps are enough where hundreds are needed in the original coordinates. Products run in float32 first and, if asked
-for, in float64 at the end; losses, gradients and steps are summed in float64 always.
+dozen steps are enough where hundreds are needed in the original coordinates. Products run in float32 first, and at the
+end, if asked for, in float64; losses, gradients and steps are summed in float64 always.
 """
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -247,3 +250,53 @@ def _loss_and_residuals(outputs: Tensor, targets: Tensor, single_label: bool) ->
     wanted = targets.view(len(outputs), -1).to(outputs.dtype)
     losses = F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
     return losses, outputs.sigmoid() - wanted
+
+
+class SklearnLogisticRegression:
+    """The same problem solved by scikit-learn (`lbfgs`, on the CPU): `LogisticRegression`'s oracle, and an option.
+
+    Arguments as there. If `sklearnex` is installed, it speeds scikit-learn up.
+    """
+
+    def __init__(
+        self, features: Tensor, labels: Tensor, *, num_classes: int | None = None, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.features, self.labels = features.cpu().to(dtype).numpy(), labels.cpu()
+        self.num_classes = num_classes or (int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1])
+
+    def fit(
+        self, C: float, *, tolerance: float, max_iterations: int, start: LogisticModel | None = None
+    ) -> LogisticModel:
+        """The model for this C; `start` has no effect."""
+        if self.labels.ndim == 1:
+            estimator = self._fit_one(self.labels, C, tolerance, max_iterations)
+            weight, bias, classes = (
+                torch.from_numpy(a) for a in (estimator.coef_, estimator.intercept_, estimator.classes_)
+            )
+            return LogisticModel(weight.double(), bias.double(), classes, self.num_classes)
+        rate = self.labels.double().mean(0)
+        constant = torch.where((rate == 0) | (rate == 1), rate, torch.nan)
+        weight = torch.zeros(self.num_classes, self.features.shape[1], dtype=torch.float64)
+        bias = torch.zeros(self.num_classes, dtype=torch.float64)
+        for label in constant.isnan().nonzero().flatten().tolist():
+            estimator = self._fit_one(self.labels[:, label], C, tolerance, max_iterations)
+            weight[label], bias[label] = torch.from_numpy(estimator.coef_[0]), float(estimator.intercept_[0])
+        return LogisticModel(weight, bias, None, self.num_classes, constant)
+
+    def _fit_one(self, labels: Tensor, C: float, tolerance: float, max_iterations: int) -> Any:
+        if find_spec("sklearnex") is not None:
+            from sklearnex import patch_sklearn  # type: ignore[import-not-found,unused-ignore]
+
+            patch_sklearn(verbose=False)
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression as Estimator
+
+        estimator = Estimator(C=C, tol=tolerance, max_iter=max_iterations)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            estimator.fit(self.features, labels.numpy())
+        if max(estimator.n_iter_) >= max_iterations:
+            logger.warning(
+                "scikit-learn's logistic regression with C=%g: %d iterations were not enough", C, max_iterations
+            )
+        return estimator

@@ -24,11 +24,11 @@ from tests.golden.inputs import ToyDataset, ToyModel, clustered, labels, multi_h
 
 Spec = Mapping[str, Any]
 _AREA = "data_evals"
-_NOT_BUILT = ("dinov3.eval.linear", "dinov3.eval.log_regression")
+_NOT_BUILT = ("dinov3.eval.linear",)
 _LATER = "not built yet: comes with issue '6. Data sets and classification evaluations, complete and fast'"
 
 # Configuration keys that this package has beyond those of the reference.
-_ADDED_KEYS = ("train.similarity_dtype",)
+_ADDED_KEYS = ("train.similarity_dtype", "train.solver")
 
 
 def eval_case(name: str, spec: Spec, stored: Mapping[str, Tensor]) -> Case:
@@ -249,6 +249,93 @@ def _eval_knn(spec: Spec, folder: Path) -> dict[str, Any]:
     return {"results": results, "json_lines": [json.loads(line) for line in lines], "files": _files(folder)}
 
 
+# -- Logistic regression ----------------------------------------------------------------------------------------------
+
+
+def _logreg_data(how: Spec) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Train and test features and labels."""
+    features, classes = _called(how["features"], clustered, "clustered")
+    n_train = int(re.search(r"first (\d+) rows train", how["features"]).group(1))
+    return (features[:n_train], classes[:n_train]), (features[n_train:], classes[n_train:])
+
+
+def _logreg_options(how: Spec) -> dict[str, Any]:
+    tol, iterations, dtype = re.search(r"tol (\S+), max_train_iters (\d+), (\w+)", how["config"]).groups()
+    return {"tol": float(tol), "max_iter": int(iterations), "dtype": getattr(torch, dtype)}
+
+
+def _logreg_C_grid(_: Spec, __: Path) -> dict[str, Any]:
+    from dinov3.eval.log_regression import C_POWER_RANGE
+
+    return {"C": 10**C_POWER_RANGE}
+
+
+def _logreg_fit(spec: Spec, _: Path) -> dict[str, Any]:
+    from dinov3.eval.log_regression import train_for_C
+
+    (features, classes), (test_features, test_classes) = _logreg_data(spec["how"])
+    got: dict[str, Any] = {}
+    for C in (key.removeprefix("probas_C") for key in spec["tensors"] if key.startswith("probas_C")):
+        options = _logreg_options(spec["how"])
+        module = train_for_C(C=float(C), train_features=features, train_labels=classes, **options)
+        probabilities = module(test_features)
+        got |= {f"probas_C{C}": probabilities, f"coef_C{C}": module.model.weight, f"intercept_C{C}": module.model.bias}
+        got[f"accuracy_C{C}"] = (probabilities.argmax(1) == test_classes).double().mean()
+    return got
+
+
+def _logreg_binary(spec: Spec, _: Path) -> dict[str, Any]:
+    from dinov3.eval.log_regression import train_for_C
+
+    (features, classes), (test_features, _) = _logreg_data(spec["how"])
+    rows = classes < 2
+    C = float(re.search(r"C = ([\d.]+)", spec["how"]["train"]).group(1))
+    options = _logreg_options(spec["how"])
+    module = train_for_C(C=C, train_features=features[rows], train_labels=classes[rows], **options)
+    return {"probas": module(test_features)}
+
+
+def _logreg_multilabel(spec: Spec, _: Path) -> dict[str, Any]:
+    from dinov3.eval.log_regression import LogRegModule
+
+    (features, _), (test_features, _) = _logreg_data(spec["how"])
+    hot = _called(spec["how"]["labels"], multi_hot, "multi_hot")
+    C = float(re.search(r"C = ([\d.]+)", spec["how"]["labels"]).group(1))
+    return {"probas": LogRegModule(C, **_logreg_options(spec["how"])).fit(features, hot)(test_features)}
+
+
+def _logreg_sweep(spec: Spec, _: Path) -> dict[str, Any]:
+    from dinov3.eval.log_regression import sweep_C_values
+    from dinov3.eval.metrics import ClassificationMetricType
+
+    (features, classes), (val_features, val_classes) = _logreg_data(spec["how"])
+    options = _logreg_options(spec["how"])
+    by_C = sweep_C_values(
+        train_features=features,
+        train_labels=classes,
+        val_features=val_features,
+        val_labels=val_classes,
+        val_metric_type=ClassificationMetricType.MEAN_ACCURACY,
+        num_classes=int(classes.max()) + 1,
+        train_dtype=options["dtype"],
+        tol=options["tol"],
+        max_train_iters=options["max_iter"],
+    )
+    best_C = max(by_C, key=lambda C: by_C[C]["top-1"])
+    accuracies = [metrics["top-1"] for metrics in by_C.values()]
+    return {"accuracy_per_C": accuracies, "best_C": best_C, "best": by_C[best_C]}
+
+
+def _eval_logreg(spec: Spec, folder: Path) -> dict[str, Any]:
+    from dinov3.eval.log_regression import LogregEvalConfig, eval_log_regression_with_model, evaluate_tries
+
+    config = _config_of(spec, LogregEvalConfig, folder)
+    arguments = {"model": _toy_model(spec["how"]["model"]), "autocast_dtype": torch.float, "config": config}
+    results = eval_log_regression_with_model(**arguments)
+    chosen = [result.best_C for result in evaluate_tries(**arguments).values()]
+    return {"results": results, "chosen_C": chosen, "files": _files(folder)}
+
+
 def _files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
@@ -423,6 +510,12 @@ _RUNNERS: dict[str, Callable[[Spec, Path], Mapping[str, Any]]] = {
     "cli_": _cli,
     "knn_": _knn,
     "eval_knn_": _eval_knn,
+    "logreg_C_grid": _logreg_C_grid,
+    "logreg_fit": _logreg_fit,
+    "logreg_binary": _logreg_binary,
+    "logreg_multilabel": _logreg_multilabel,
+    "logreg_sweep": _logreg_sweep,
+    "eval_logreg_": _eval_logreg,
     "wrappers": _wrappers,
     "average_metrics": _average_metrics,
     "results_accumulator": _results_accumulator,
