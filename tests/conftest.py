@@ -1,14 +1,18 @@
-"""What holds for every test: one thread, fixed seeds, no network, and which tests a plain run leaves out."""
+"""What holds for every test: one thread, fixed seeds, no network, its own cache, and which tests a plain run leaves out."""
 
 import ipaddress
 import os
 import random
 import socket
+import tempfile
 from typing import Any
 
 # Before torch starts its thread pool. Processes that tests start inherit these.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Lists of images are kept here instead of in the user's cache.
+_cache = tempfile.TemporaryDirectory(prefix="dinov3-tests-")
+os.environ.setdefault("DINOV3_CACHE", _cache.name)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
