@@ -22,6 +22,7 @@ from dinov3.checkpointer import (
     keep_checkpoint_copy,
     keep_last_n_checkpoints,
     load_checkpoint,
+    register_dont_save_hooks,
     save_checkpoint,
 )
 from dinov3.checkpointer.random_state import RandomState
@@ -115,6 +116,8 @@ class TrainingRun:
         self.metric_logger = MetricLogger(delimiter="  ", output_file=str(self.output_dir / "training_metrics.json"))
         multi_distillation = bool(cfg.multidistillation.enabled)
         self.non_finite = NonFinitePolicy(None if multi_distillation else MAX_NON_FINITE_IN_A_ROW)
+        if multi_distillation:  # the frozen teacher is as large as all students together, and can be had elsewhere
+            register_dont_save_hooks(model, [key for key in model.state_dict() if key.startswith("teacher.")])
         model.init_weights()
         self.start_iteration = self._resume() if resume else 0
         self.n_gram_updates = model.gram_lifecycle.updates_before(self.start_iteration)

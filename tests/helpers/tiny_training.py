@@ -2,7 +2,7 @@
 
     python -m tests.helpers.tiny_training --config-file CONFIG --output-dir OUT [key=value ...]
 
-runs `dinov3.train.train.main` with the architecture `vit_tiny_test` registered.
+runs `dinov3.train.train.main` with the architectures `vit_tiny_test` and `vit_tiny_wide_test` registered.
 """
 
 import sys
@@ -34,6 +34,11 @@ def vit_tiny_test(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
     return DinoVisionTransformer(patch_size=patch_size, embed_dim=16, depth=2, num_heads=2, ffn_ratio=2, **kwargs)
 
 
+def vit_tiny_wide_test(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
+    """A ViT of 3 blocks, 24 wide."""
+    return DinoVisionTransformer(patch_size=patch_size, embed_dim=24, depth=3, num_heads=2, ffn_ratio=2, **kwargs)
+
+
 def prepare(folder: Path) -> list[str]:
     """Write images and a configuration into `folder`; returns the arguments of a training without `--output-dir`."""
     images, config = folder / "images", folder / "tiny.yaml"
@@ -49,6 +54,7 @@ def with_output(arguments: list[str], output_dir: Path, *overrides: str) -> list
 
 
 register_vit("vit_tiny_test", vit_tiny_test)
+register_vit("vit_tiny_wide_test", vit_tiny_wide_test)
 
 if __name__ == "__main__":
     main(sys.argv[1:])
