@@ -74,19 +74,20 @@ def _to_plain(cfg: Any) -> Any:
 # -- Types ------------------------------------------------------------------------------------------------------------
 
 
-def _wrong_types(cfg: Config, cls: type = SSLConfig, prefix: str = "") -> Iterator[str]:
-    """Values of another type than the schema says, sections and keys that are missing."""
+def _wrong_types(cfg: Config, cls: type = SSLConfig, prefix: str = "", optional: bool = False) -> Iterator[str]:
+    """Values of another type than the schema says, sections and keys that are missing (unless all are `optional`)."""
     types = typing.get_type_hints(cls)
     for spec in dataclasses.fields(cls):
         key, section = f"{prefix}{spec.name}", spec.metadata.get("section")
         if spec.name not in cfg:
-            if spec.default is not schema.ABSENT:
+            if spec.default is not schema.ABSENT and not optional:
                 yield f"{key} is missing: merge the file over the defaults (get_cfg_from_args does)"
             continue
         value = cfg[spec.name]
         if section is not None and not spec.metadata["repeated"]:
             if isinstance(value, Mapping):
-                yield from _wrong_types(value, section, f"{key}.")
+                in_defaults = spec.default is dataclasses.MISSING
+                yield from _wrong_types(value, section, f"{key}.", optional=not in_defaults)
             elif not (value is None and spec.default is None):
                 yield f"{key} must be a section with keys of its own, got {value!r}"
         elif section is None and not _fits(value, types[spec.name]):

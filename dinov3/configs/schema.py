@@ -55,19 +55,29 @@ class ComputePrecision:
 
 
 @dataclass
-class WeightSchedule:
-    """A schedule of a loss weight: linear from start to peak, cosine from peak to end, then constant."""
+class Schedule:
+    """A schedule: linear from start to peak, cosine from peak to end, then constant."""
 
-    start: float = 0.5
+    start: float = ABSENT
     """Value at iteration 0."""
-    peak: float = 0.5
+    peak: float = ABSENT
     """Value after the warm-up."""
-    end: float = 0.5
+    end: float = ABSENT
     """Final value."""
-    warmup_epochs: float = 0
+    warmup_epochs: float = ABSENT
     """Length of the linear part in epochs."""
     cosine_epochs: float | None = ABSENT
     """Length of the cosine part in epochs; default: all that remain."""
+
+
+@dataclass
+class WeightSchedule(Schedule):
+    """The schedule of a loss weight, with defaults."""
+
+    start: float = 0.5
+    peak: float = 0.5
+    end: float = 0.5
+    warmup_epochs: float = 0
 
 
 @dataclass
@@ -164,7 +174,7 @@ class Gram:
     """Interpolation from the Gram teacher's patch grid to the student's."""
     global_teacher_resize_antialias: bool = False
     """Smooth when that makes the grid smaller."""
-    loss_weight_schedule: WeightSchedule | None = _section(WeightSchedule, default=None)
+    loss_weight_schedule: Schedule | None = _section(Schedule, default=None)
     """Weight of the loss over time, in epochs; null: constant."""
 
 
@@ -316,7 +326,7 @@ class MultiDistillation:
 class Optim:
     """`optim`: AdamW and its schedules."""
 
-    epochs: float = 100
+    epochs: int = 100
     """Length of the training, in epochs of `train.OFFICIAL_EPOCH_LENGTH` iterations."""
     weight_decay: float | None = 0.04
     """v1: first weight decay."""
@@ -385,11 +395,33 @@ class Crops:
 
 
 @dataclass
+class OnlineKnnOptions:
+    """`evaluation.online_knn`: k-NN accuracy of the EMA teacher during the training."""
+
+    train_dataset: str = ABSENT
+    """Dataset string of the labelled images among which neighbours are looked for."""
+    val_dataset: str = ABSENT
+    """Dataset string of the labelled images that are classified."""
+    period: int = 1250
+    """Iterations between evaluations."""
+    k: int = 20
+    """Neighbours that vote."""
+    batch_size: int = 64
+    """Images per process and forward pass."""
+    resize_size: int = 256
+    """Shorter side of the images in pixels."""
+    crop_size: int = 224
+    """Side of the central crop in pixels."""
+
+
+@dataclass
 class Evaluation:
-    """`evaluation`: exports of the teacher."""
+    """`evaluation`: exports of the teacher, and what is measured on it during the training."""
 
     eval_period_iterations: int = 12500
     """Iterations between exports; 0 or less: only at the end."""
+    online_knn: OnlineKnnOptions = _section(OnlineKnnOptions, default=ABSENT)
+    """Absent: no such evaluation."""
 
 
 @dataclass
@@ -402,22 +434,6 @@ class Checkpointing:
     """Newest checkpoints that are kept; null: all."""
     keep_every: int = 99999999999999999
     """Iterations between checkpoints that are kept for good."""
-
-
-@dataclass
-class Schedule:
-    """A schedule of `schedules` (v2): linear from start to peak, cosine from peak to end, then constant."""
-
-    start: float = ABSENT
-    """Value at iteration 0."""
-    peak: float = ABSENT
-    """Value after the warm-up."""
-    end: float = ABSENT
-    """Final value."""
-    warmup_epochs: float = ABSENT
-    """Length of the linear part in epochs."""
-    cosine_epochs: float | None = ABSENT
-    """Length of the cosine part in epochs; default: all that remain."""
 
 
 @dataclass
