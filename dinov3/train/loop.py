@@ -30,12 +30,15 @@ from dinov3.configs.config import flat_config
 from dinov3.data.collate import split_batch
 from dinov3.fsdp import synchronize_gradients
 from dinov3.logging import MetricLogger
-from dinov3.train.export import do_test
+from dinov3.train.export import do_test, write_atomically
 from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg
+from dinov3.train.monitors import OnlineKnn
 from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer, clip_gradients
 from dinov3.train.resume import RecordedConfig, check_same_student
 from dinov3.train.schedules import build_schedulers
 from dinov3.train.ssl_meta_arch import Metrics, SSLMetaArch
+from dinov3.utils.device import default_device
+from dinov3.utils.dtype import dtype_dict, resolve_compute_dtype
 from dinov3.utils.reproducibility import derived_seed
 
 logger = logging.getLogger("dinov3")
@@ -110,6 +113,8 @@ class TrainingRun:
         self.schedules = build_schedulers(cfg)
         self.total_iterations = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
         self.global_batch_size = global_batch_size(cfg)
+        knn = cfg.evaluation.get("online_knn")
+        self.online_knn = OnlineKnn(knn, cfg.train.num_workers) if knn else None
         self.n_parts = cfg.train.get("gradient_accumulation", 1)
         self.random_state = RandomState()
         self.recorded_config = RecordedConfig(flat_config(cfg))
@@ -168,9 +173,12 @@ class TrainingRun:
         apply_optim_scheduler(self.optimizer, lr, wd, last_layer_lr)
         self.optimizer.zero_grad(set_to_none=True)
         batch = {**batch, "global_batch_size": self.global_batch_size}
+        self.model.monitor = iteration % LOG_PERIOD == 0 or iteration + 1 == self.total_iterations
         total_loss, metrics = self._accumulate(iteration, batch, teacher_temp)
         metrics |= clip_gradients(self.model.student, self.cfg.optim.clip_grad)
-        if not self.non_finite.skips(iteration, total_loss, metrics):
+        if self.non_finite.skips(iteration, total_loss, metrics):
+            self.keep_for_replay(iteration, batch)
+        else:
             self.optimizer.step()
             self.model.update_ema(momentum)
         if self.model.gram_lifecycle.refreshes_after(iteration, self.n_gram_updates):
@@ -178,6 +186,14 @@ class TrainingRun:
             self.n_gram_updates += 1
         scheduled = {"lr": lr, "wd": wd, "mom": momentum, "last_layer_lr": last_layer_lr}
         return scheduled | {"total_loss": total_loss} | metrics
+
+    def keep_for_replay(self, iteration: int, batch: Mapping[str, Any]) -> None:
+        """Save the batch of the first of a series of non-finite iterations: `torch.load` it to look at it."""
+        if self.non_finite.in_a_row > 1:
+            return
+        path = self.output_dir / "nan_logs" / f"batch_{iteration}_rank{distributed.get_rank()}.pth"
+        write_atomically(dict(batch), path)
+        logger.warning("The batch of iteration %d is in %s", iteration, path)
 
     def _accumulate(self, iteration: int, batch: Mapping[str, Any], teacher_temp: float) -> tuple[Tensor, Metrics]:
         """Gradients, total loss and metrics as means over the parts in which the batch is computed.
@@ -200,13 +216,24 @@ class TrainingRun:
         self.metric_logger.update(**average_over_ranks(metrics))
 
     def after_iteration(self, iteration: int) -> None:
-        """Export and checkpoint where they are due, and always after the last iteration."""
+        """Evaluate, export and checkpoint where it is due; export and checkpoint also after the last iteration."""
+        if self.online_knn is not None and self.online_knn.is_due(iteration):
+            self.metric_logger.update(knn_top1=self.evaluate_online_knn())
         done, last = iteration + 1, iteration + 1 == self.total_iterations
         period = self.cfg.evaluation.eval_period_iterations
         if last or (period > 0 and done % period == 0):
             do_test(self.cfg, self.model, f"training_{iteration}", self.group)
         if last or done % self.cfg.checkpointing.period == 0:
             self.save(iteration)
+
+    def evaluate_online_knn(self) -> float:
+        """Top-1 accuracy of the EMA teacher in percent."""
+        assert self.online_knn is not None
+        precision = self.cfg.compute_precision.param_dtype
+        dtype = resolve_compute_dtype(dtype_dict[precision], default_device())
+        accuracy = self.online_knn.evaluate(self.model.model_ema["backbone"], dtype)
+        logger.info("Online k-NN of the EMA teacher: %.2f %%", accuracy)
+        return accuracy
 
     def save(self, iteration: int) -> None:
         """Write `ckpt/<iteration>`, drop old ones, and keep a permanent copy where `keep_every` asks for it."""

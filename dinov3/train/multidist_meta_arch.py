@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov3.train.monitors import collapse_monitors
 from dinov3.train.ssl_meta_arch import N_GLOBAL_CROPS, Metrics, Outputs, SSLMetaArch
 
 
@@ -56,7 +57,8 @@ class MultiDistillationMetaArch(SSLMetaArch):
             iteration=iteration,
         )
         self.backprop_loss(total)
-        return total.detach(), metrics | losses
+        monitors = collapse_monitors(teacher_global) if self.monitor else {}
+        return total.detach(), metrics | losses | monitors
 
     @torch.no_grad()
     def get_teacher_output(

@@ -27,6 +27,7 @@ from dinov3.train.gram import (
     select_tokens,
     square_or_crop_grid,
 )
+from dinov3.train.monitors import collapse_monitors
 from dinov3.train.objectives import dino_pair_scales, loss_weight_schedule, weight_at
 from dinov3.train.param_groups import fuse_params_groups, get_params_groups_with_decay_fsdp
 from dinov3.train.teachers import (
@@ -69,6 +70,7 @@ class SSLMetaArch(nn.Module):
         self.cfg = cfg
         self.gram_lifecycle = GramLifecycle.from_config(cfg.gram)
         self.gram_teacher_initialized = self.gram_lifecycle.ema_teacher
+        self.monitor = False  # whether iterations also return `collapse_monitors`
 
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
         self.ibot_patch_loss = iBOTPatchLoss(cfg.ibot.head_n_prototypes)
@@ -256,6 +258,7 @@ class SSLMetaArch(nn.Module):
             mask_indices_list=mask_indices,
             upperbound=batch.get("upperbound"),
         )
+        monitors = collapse_monitors(teacher_global) if self.monitor else {}
         student_global, student_local = self.get_student_output(
             global_crops=global_crops,
             local_crops=local_crops,
@@ -272,7 +275,7 @@ class SSLMetaArch(nn.Module):
                 student_global=student_global,
                 student_global_crops_size=tuple(global_crops.shape[-2:]),
             )
-        return self.compute_losses(
+        total, losses = self.compute_losses(
             teacher_global=teacher_global,
             student_global=student_global,
             student_local=student_local,
@@ -282,6 +285,7 @@ class SSLMetaArch(nn.Module):
             masks_weight=batch["masks_weight"],
             iteration=iteration,
         )
+        return total, losses | monitors
 
     @torch.no_grad()
     def get_teacher_output(

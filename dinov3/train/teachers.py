@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dinov3.layers.dino_head import DINOHead
 from dinov3.models import build_model_from_cfg
@@ -73,14 +74,24 @@ def build_distillation_teacher(cfg: Any, teacher_cfg: Any) -> nn.ModuleDict:
 def follow(target: Iterable[Tensor], source: Iterable[Tensor], momentum: float) -> None:
     """Exponential moving average in place: target <- momentum * target + (1 - momentum) * source.
 
-    A momentum of 0 copies, so that a target that still holds NaN becomes valid.
+    A momentum of 0 copies, so that a target that still holds NaN becomes valid. Of sharded tensors each process updates
+    its own shard, without the cost of DTensor dispatch (which, in torch 2.7, refuses to mix them with plain tensors).
+
+    Raises:
+        ValueError: a target and its source differ in shape, or are sharded differently.
     """
-    targets, sources = list(target), list(source)
+    targets, sources = list(map(_local, target)), list(map(_local, source))
+    if [t.shape for t in targets] != [s.shape for s in sources]:
+        raise ValueError("a teacher can only follow a network of its own shapes, sharded as it is")
     if momentum == 0:
         torch._foreach_copy_(targets, sources)
         return
     torch._foreach_mul_(targets, momentum)
     torch._foreach_add_(targets, sources, alpha=1 - momentum)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
