@@ -208,6 +208,8 @@ class Train:
     """Export the teacher as a DCP directory instead of a file."""
     cache_dataset: bool = False
     """Give each process a fixed shard of the data, so that it can cache it."""
+    sinks: list[str] = ABSENT
+    """Further places for metrics: tensorboard, wandb, mlflow. One that fails is closed, the training goes on."""
     gradient_accumulation: int = ABSENT
     """Parts in which a process computes its batch, one after the other (1): less memory, the same number of images."""
 

@@ -30,6 +30,7 @@ from dinov3.configs.config import flat_config
 from dinov3.data.collate import split_batch
 from dinov3.fsdp import synchronize_gradients
 from dinov3.logging import MetricLogger
+from dinov3.logging.sinks import make_sinks
 from dinov3.train.export import do_test, write_atomically
 from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg
 from dinov3.train.monitors import OnlineKnn
@@ -125,6 +126,11 @@ class TrainingRun:
             register_dont_save_hooks(model, [key for key in model.state_dict() if key.startswith("teacher.")])
         model.init_weights()
         self.start_iteration = self._resume() if resume else 0
+        if distributed.is_subgroup_main_process():
+            names = cfg.train.get("sinks", ())
+            self.metric_logger.sinks += make_sinks(
+                names, self.output_dir, self.recorded_config.flat, self.start_iteration
+            )
         self.n_gram_updates = model.gram_lifecycle.updates_before(self.start_iteration)
 
     def _resume(self) -> int:
