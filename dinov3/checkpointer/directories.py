@@ -150,7 +150,7 @@ def keep_last_n_checkpoints(ckpt_dir: StrPath, n: int | None) -> None:
     if n < 0:
         raise ValueError(f"the number of checkpoints to keep must not be negative, got {n}")
     checkpoints = find_all_checkpoints(ckpt_dir)
-    _delete_all(checkpoints[: len(checkpoints) - n])
+    _delete_all(checkpoints[: max(len(checkpoints) - n, 0)])
 
 
 def keep_checkpoint_copy(src: StrPath) -> None:

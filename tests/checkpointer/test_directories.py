@@ -73,7 +73,8 @@ def test_keep_last_n(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     keep_last_n_checkpoints(tmp_path, None)
     assert names(find_all_checkpoints(tmp_path)) == ["1", "3", "20"]
-    keep_last_n_checkpoints(tmp_path, 5)
+    keep_last_n_checkpoints(tmp_path, 5)  # more than there are
+    assert names(find_all_checkpoints(tmp_path)) == ["1", "3", "20"]
     keep_last_n_checkpoints(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["20", "3", "3_keep", "best"]
     keep_last_n_checkpoints(tmp_path, 0)
