@@ -1,7 +1,6 @@
 """The three stages of the 7B training with their own recipes, at tiny size: each loads what the one before wrote."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ HIGH_RESOLUTION += ["crops.gram_teacher_crops_size=[24,36,36,36,36]"]
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Output folders of the stages, the teachers they exported, and the crop sizes that the last one saw."""
     folder = tmp_path_factory.mktemp("stages")
     dataset = tiny_training.prepare(folder)[-1]
@@ -62,7 +61,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
         sources = [f"gram.ckpt={second}", f"student.resume_from_teacher_chkpt={second}"]
         run("high_res_adapt", "high", *HIGH_RESOLUTION, *sources)
     teachers.append(read_weights(folder / "high" / "teacher_checkpoint.pth"))
-    yield {"folder": folder, "teachers": teachers, "sizes": sizes}
+    return {"folder": folder, "teachers": teachers, "sizes": sizes}
 
 
 def rows(folder: Path) -> dict[int, dict[str, Any]]:
