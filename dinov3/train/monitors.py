@@ -60,13 +60,13 @@ class OnlineKnn:
     """
 
     def __init__(self, options: Mapping[str, Any], num_workers: int) -> None:
-        options = OnlineKnnOptions(**options)
-        self.period, self.k = options.period, options.k
-        self.batch_size, self.num_workers = options.batch_size, num_workers
-        transform = make_classification_eval_transform(resize_size=options.resize_size, crop_size=options.crop_size)
-        names = {"train_dataset": options.train_dataset, "val_dataset": options.val_dataset}
+        wanted = OnlineKnnOptions(**options)
+        names = {"train_dataset": wanted.train_dataset, "val_dataset": wanted.val_dataset}
         if missing := [key for key, name in names.items() if not isinstance(name, str)]:
             raise ValueError(f"evaluation.online_knn needs {' and '.join(missing)} (dataset strings)")
+        self.period, self.k = wanted.period, wanted.k
+        self.batch_size, self.num_workers = wanted.batch_size, num_workers
+        transform = make_classification_eval_transform(resize_size=wanted.resize_size, crop_size=wanted.crop_size)
         self.train_set, self.val_set = (make_dataset(dataset_str=name, transform=transform) for name in names.values())
 
     def is_due(self, iteration: int) -> bool:
