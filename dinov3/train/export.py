@@ -58,8 +58,9 @@ def consolidated_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
     Collective over the sharding group; one tensor at a time, so that no device ever holds the whole model.
     """
-    whole = {}
-    for key, value in get_model_state_dict(module).items():
+    whole: dict[str, torch.Tensor] = {}
+    state: dict[str, Any] = get_model_state_dict(module)
+    for key, value in state.items():
         full = value.full_tensor() if isinstance(value, DTensor) else value
         if distributed.is_subgroup_main_process():
             whole[key] = full.cpu()

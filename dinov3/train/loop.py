@@ -33,6 +33,7 @@ from dinov3.logging import MetricLogger
 from dinov3.logging.sinks import make_sinks
 from dinov3.train.export import do_test, write_atomically
 from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg
+from dinov3.train.memory import explain_out_of_memory, memory_by_part
 from dinov3.train.monitors import OnlineKnn
 from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer, clip_gradients
 from dinov3.train.resume import RecordedConfig, check_same_student
@@ -263,7 +264,8 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
     """Train to the end; returns the average of every metric over the iterations of this call.
 
     Raises:
-        RuntimeError: the loss was not finite for too many iterations in a row.
+        RuntimeError: the loss was not finite for too many iterations in a row, or memory ran out: then the message says
+            what holds it and which settings need less.
     """
     run = TrainingRun(cfg, model, resume)
     if run.start_iteration >= run.total_iterations:
@@ -281,6 +283,9 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
                 model.gram_load_ema_teacher()
             run.log(run.step(iteration, batch))
             run.after_iteration(iteration)
+    except torch.OutOfMemoryError as error:
+        parts = memory_by_part(model, run.optimizer)
+        raise RuntimeError(explain_out_of_memory(error, cfg, parts)) from error
     finally:
         gc.enable()
     run.metric_logger.synchronize_between_processes()
