@@ -121,7 +121,10 @@ def _line_search(
             if torch.dot(new_value.gradient, direction).item() >= _CURVATURE * descent:
                 return best
             low = step
-        step = (low + high) / 2 if high < float("inf") else 2 * low
-        if high - low <= 1e-12 * high:
+        if high == float("inf"):
+            step = 2 * low
+        elif high - low > 1e-12 * high:
+            step = (low + high) / 2
+        else:
             break
     return best
