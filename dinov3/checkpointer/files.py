@@ -223,7 +223,9 @@ class _IndexUnpickler(pickle.Unpickler):
     """Reads the index of a DCP folder; any global that such an index does not need is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "pathlib":  # the writer's own path, perhaps from another operating system
+        if module.split(".")[0] == "pathlib" and name.endswith(
+            "Path"
+        ):  # the writer's own path, perhaps from another operating system
             return pathlib.PurePath
         if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"):
             found = getattr(importlib.import_module(module), name, None)

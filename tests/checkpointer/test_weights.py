@@ -1,5 +1,6 @@
 """Reading weights in every container, and loading them strictly."""
 
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -147,22 +148,42 @@ def test_moving_average_stored_once_under_the_name_teacher(tmp_path: Path) -> No
     assert_states_equal(read_weights(folder), model.state_dict())
 
 
-def test_code_in_the_index_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    folder = save_dcp({"model": training_state(tiny_vit())}, tmp_path / "9")
-    (folder / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "proof")))
-    with pytest.raises(ValueError, match="not the index of a checkpoint"):
-        read_weights(folder)
-    assert not (tmp_path / "proof").exists()
-
-
 class Evil:
-    """Touches a file when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.proof,)
+        return os.mkdir, (str(self.proof),)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        None,  # Evil
+        b"cpathlib\nos.mkdir\n.",
+        b"ctorch.distributed.checkpoint.filesystem\nos\n.",
+        b"ctorch.distributed.checkpoint.filesystem\n_generate_uuid\n.",
+        b"ctorch\nload\n.",
+        b"cbuiltins\neval\n.",
+    ],
+)
+def test_code_in_the_index_of_a_checkpoint_is_not_run(tmp_path: Path, index: bytes | None) -> None:
+    folder = save_dcp({"model": training_state(tiny_vit())}, tmp_path / "9")
+    (folder / ".metadata").write_bytes(index or pickle.dumps(Evil(tmp_path / "proof")))
+    with pytest.raises(ValueError, match="has no place in the index of a checkpoint"):
+        read_weights(folder)
+    assert not (tmp_path / "proof").exists()
+
+
+def test_an_index_that_is_none_is_named(tmp_path: Path) -> None:
+    folder = save_dcp({"model": training_state(tiny_vit())}, tmp_path / "9")
+    whole = (folder / ".metadata").read_bytes()
+    for index in (b"", whole[:200], pickle.dumps({"a": 1})):
+        (folder / ".metadata").write_bytes(index)
+        with pytest.raises(ValueError, match="not the index of a checkpoint"):
+            read_weights(folder)
 
 
 # --- Bad files -------------------------------------------------------------------------------------------------------
