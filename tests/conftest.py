@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, fixed seeds, no network, its own cache, and which tests a plain run leaves out."""
+"""What holds for every test: one thread, fixed seeds, no network, its own cache, which tests a plain run leaves out."""
 
 import ipaddress
 import os
