@@ -1,0 +1,114 @@
+"""Export the backbone of a training, or of any weight file, for others to use.
+
+    python -m dinov3.run.export OUT                      OUT/backbone.pth, in the layout of Meta's releases
+    python -m dinov3.run.export OUT backbone.safetensors
+    python -m dinov3.run.export OUT hf_folder --format hf
+    python -m dinov3.run.export weights.pth timm.pth --format timm
+
+Runs on the CPU, without a process group, whatever wrote the weights.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinov3.checkpointer import find_latest_checkpoint
+from dinov3.checkpointer.export import FORMATS, export_backbone
+from dinov3.checkpointer.files import is_dcp
+from dinov3.checkpointer.weights import load_weights, read_weights
+from dinov3.logging import cleanup_logging, setup_logging
+
+logger = logging.getLogger("dinov3")
+
+DEFAULT_NAMES = {"meta": "backbone.pth", "hf": "hf", "timm": "timm.safetensors"}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "dinov3 export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="output folder of a training, checkpoint folder, or any weight file")
+    parser.add_argument("destination", nargs="?", help="file, or folder for hf (default: beside the source)")
+    parser.add_argument("--format", choices=FORMATS, default="meta", help="layout (default: %(default)s)")
+    parser.add_argument("--network", help="which network of a training checkpoint (default: the EMA teacher)")
+    parser.add_argument("--config-file", help="training configuration, for hf (default: config.yaml of the training)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Export as the command line says; returns what was written."""
+    args = get_args_parser().parse_args(argv)
+    setup_logging(name="dinov3", level=logging.INFO)
+    try:
+        return export(args.source, args.destination, args.format, network=args.network, config_file=args.config_file)
+    finally:
+        cleanup_logging(name="dinov3")
+
+
+def export(
+    source: str,
+    destination: str | None = None,
+    format: str = "meta",
+    *,
+    network: str | None = None,
+    config_file: str | None = None,
+) -> Path:
+    """Write the backbone in `source` to `destination`; returns the path.
+
+    Raises:
+        FileNotFoundError: there are no weights, or no configuration where one is needed.
+        ValueError: the weights can't be read or can't be written in this layout.
+    """
+    folder, weights = locate(source)
+    path = Path(destination) if destination else folder / DEFAULT_NAMES[format]
+    state = read_weights(weights, network=network)
+    backbone: nn.Module | dict[str, torch.Tensor] = state
+    if format == "hf":
+        backbone = build_around(state, config_file or find_config(folder))
+    written = export_backbone(backbone, path, format)
+    logger.info("%s -> %s (%s layout, %d tensors)", weights, written, format, len(state))
+    return written
+
+
+def locate(source: str) -> tuple[Path, Any]:
+    """(folder of the training or file, weights): the newest export of a training, else its newest checkpoint."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return path.parent, source
+    if is_dcp(path) or (path / "config.json").exists():
+        return path.parent, path
+    exported = path / "teacher_checkpoint.pth"
+    weights = exported if exported.exists() else find_latest_checkpoint(path / "ckpt")
+    if weights is None:
+        raise FileNotFoundError(f"{path} holds neither teacher_checkpoint.pth nor a checkpoint in ckpt/")
+    return path, weights
+
+
+def find_config(folder: Path) -> str:
+    """The configuration of the training in this folder or one above it (checkpoints lie in sub-folders)."""
+    for candidate in (folder, *folder.resolve().parents[:2]):
+        if (candidate / "config.yaml").exists():
+            return str(candidate / "config.yaml")
+    raise FileNotFoundError(f"no config.yaml in or above {folder}; name the training's with --config-file")
+
+
+def build_around(state: dict[str, torch.Tensor], config_file: str) -> nn.Module:
+    """The backbone of a training configuration, with these weights."""
+    from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args
+    from dinov3.models.build import build_backbone
+
+    cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file, allow_unknown_keys=True), strict=False)
+    backbone = build_backbone(cfg.student, device="meta").to_empty(device="cpu")
+    load_weights(backbone, state)
+    return backbone
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

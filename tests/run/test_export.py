@@ -1,0 +1,56 @@
+"""The export command, on what a training leaves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinov3.checkpointer.weights import read_weights
+from dinov3.run.export import main
+from dinov3.train.train import main as train
+from tests.helpers import tiny_training
+from tests.helpers.tiny_training import N_ITERATIONS, with_output
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    train(with_output(tiny_training.prepare(folder), folder / "out", "student.mask_k_bias=true"))
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), [("meta", "b.pth"), ("meta", "b.safetensors"), ("timm", "t.pth"), ("hf", "folder")]
+)
+def test_every_layout_reads_back_as_the_teacher(training: Path, tmp_path: Path, format: str, name: str) -> None:
+    written = main([str(training), str(tmp_path / name), "--format", format])
+    assert written == tmp_path / name
+    teacher = read_weights(training / "teacher_checkpoint.pth")
+    again = read_weights(written)
+    # timm has no mask token; other layouts than Meta's have no constants
+    unstored = {key for key in teacher if key.endswith(("mask_token", "bias_mask", "periods"))} - set(again)
+    assert set(teacher) - set(again) == unstored
+    assert format != "meta" or not unstored
+    for key in set(teacher) - unstored:
+        assert torch.equal(teacher[key].float(), again[key].float()), key
+
+
+def test_a_checkpoint_folder_and_the_student_can_be_exported(training: Path, tmp_path: Path) -> None:
+    checkpoint = training / "ckpt" / str(N_ITERATIONS - 1)
+    main([str(checkpoint), str(tmp_path / "teacher.pth")])
+    main([str(checkpoint), str(tmp_path / "student.pth"), "--network", "student"])
+    exported, student = read_weights(tmp_path / "teacher.pth"), read_weights(tmp_path / "student.pth")
+    assert torch.equal(exported["cls_token"], read_weights(training / "teacher_checkpoint.pth")["cls_token"])
+    assert not torch.equal(student["cls_token"], exported["cls_token"])
+
+
+def test_without_a_destination_the_file_lies_in_the_training(training: Path) -> None:
+    assert main([str(training)]) == training / "backbone.pth"
+
+
+def test_a_folder_without_weights_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"neither teacher_checkpoint.pth nor a checkpoint in ckpt/"):
+        main([str(tmp_path)])
+    torch.save({"cls_token": torch.zeros(1, 1, 4)}, tmp_path / "alone.pth")
+    with pytest.raises(FileNotFoundError, match="--config-file"):
+        main([str(tmp_path / "alone.pth"), str(tmp_path / "hf"), "--format", "hf"])
