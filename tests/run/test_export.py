@@ -27,7 +27,8 @@ def test_every_layout_reads_back_as_the_teacher(training: Path, tmp_path: Path, 
     assert written == tmp_path / name
     teacher = read_weights(training / "teacher_checkpoint.pth")
     again = read_weights(written)
-    compared = set(teacher) - ({"mask_token"} if format == "timm" else set())  # for which timm has no place
+    # timm has no place for the first, and computes the second anew
+    compared = set(teacher) - ({"mask_token", "rope_embed.periods"} if format == "timm" else set())
     assert set(again) == set(teacher)
     for key in compared:
         assert torch.equal(teacher[key].float(), again[key].float()), key
