@@ -24,6 +24,7 @@ from dinov3.hub.backbones import (
     dinov3_vits16plus,
     is_url,
 )
+from dinov3.hub.loading import load_backbone
 from dinov3.hub.registry import BACKBONES, NORMALIZATIONS
 from tests.golden.fill import fill
 from tests.helpers.backbones import assert_states_equal, tiny_vit
@@ -69,6 +70,18 @@ def test_names_on_hugging_face() -> None:
     want = [f"facebook/dinov3-{model}-pretrain-lvd1689m" for model in models]
     want += [f"facebook/dinov3-{model}-pretrain-sat493m" for model in ("vitl16", "vit7b16")]
     assert sorted(names) == sorted(want)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if "convnext" not in name])
+def test_what_all_released_vision_transformers_share(name: str) -> None:
+    model = load_backbone(name, pretrained=False, depth=1, device="meta")
+    rope = model.rope_embed
+    assert (rope.base, rope.normalize_coords, rope.dtype) == (100.0, "separate", torch.float32)
+    assert (rope.shift_coords, rope.jitter_coords, rope.rescale_coords) == (None, None, 2.0)
+    assert (model.patch_size, model.n_storage_tokens) == (16, 4)
+    assert model.norm.eps == 1e-5
+    assert model.cls_norm is None
+    assert (model.blocks[0].attn.qkv.bias is None) is (name == "dinov3_vit7b16")
 
 
 @pytest.mark.parametrize(
