@@ -1,0 +1,187 @@
+"""The one loop that trains heads on frozen features: by iterations, with evaluations, checkpoints and exact resume.
+
+What a step is, and what is measured, belongs to the task (linear classification and others).
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dinov3 import distributed
+from dinov3.checkpointer import (
+    CheckpointRetentionPolicy,
+    cleanup_checkpoint,
+    find_all_checkpoints,
+    keep_last_n_checkpoints,
+)
+from dinov3.logging import MetricLogger
+
+logger = logging.getLogger("dinov3")
+
+_FILE, _FINAL, _BEST = "checkpoint.pth", "final", "best"
+
+
+class Stateful(Protocol):
+    """What a checkpoint holds."""
+
+    def state_dict(self) -> Any:
+        """Tensors and plain data."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Take them back."""
+
+
+class ProbeCheckpoints:
+    """Checkpoints `<folder>/<name>/checkpoint.pth`; names are iterations, `final` and `best`.
+
+    Files are written by the main process of the subgroup, to a temporary name first.
+
+    Args:
+        folder: made when needed.
+        state: what is saved, by key.
+        policy: what remains in the end.
+        fast_forward: called with the number of iterations done when a file lacks a key of `optional`.
+        optional: keys that files of earlier versions lack.
+
+    Attributes:
+        best_accuracy: in percent; -1 before the first evaluation.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        state: Mapping[str, Stateful],
+        policy: CheckpointRetentionPolicy,
+        *,
+        fast_forward: Callable[[int], None] | None = None,
+        optional: tuple[str, ...] = (),
+    ) -> None:
+        self.folder, self.state, self.policy = Path(folder), state, policy
+        self.fast_forward, self.optional = fast_forward, optional
+        self.best_accuracy = -1.0
+
+    def resume(self, source: str | os.PathLike[str] | None = None) -> int:
+        """Load the newest checkpoint, a finished one first; return the number of iterations that are done.
+
+        Args:
+            source: folder of checkpoints to start from; default: the own folder.
+        """
+        folder = self.folder if source is None else Path(source)
+        candidates = [folder / _FINAL / _FILE, *(path / _FILE for path in reversed(find_all_checkpoints(folder)))]
+        newest = next((path for path in candidates if path.exists()), None)
+        if newest is None:
+            if source is not None:
+                raise FileNotFoundError(f"{folder} holds no checkpoint (<iteration>/{_FILE} or {_FINAL}/{_FILE})")
+            return 0
+        saved = torch.load(newest, map_location="cpu", weights_only=True)
+        done = int(saved["iteration"]) + 1
+        missing = [key for key in self.state if key not in saved and key not in self.optional]
+        if missing:
+            raise ValueError(f"{newest} lacks {', '.join(missing)}; it has {', '.join(saved)}")
+        if self.fast_forward is not None and any(key not in saved for key in self.optional):
+            self.fast_forward(done)  # before the others are loaded: it may change them
+        for key, part in self.state.items():
+            if key in saved:
+                part.load_state_dict(saved[key])
+        self.best_accuracy = float(saved["best_accuracy"])
+        logger.info("resumed %s: %d iterations are done", newest, done)
+        return done
+
+    def save(self, name: str, iteration: int) -> None:
+        """Write one checkpoint; `iteration` is the 0-based index of the last finished one."""
+        if not distributed.is_subgroup_main_process():
+            return
+        path = self.folder / name / _FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        states = {key: part.state_dict() for key, part in self.state.items()}
+        torch.save({"iteration": iteration, "best_accuracy": self.best_accuracy, **states}, temporary)
+        temporary.replace(path)
+
+    def save_regular(self, iteration: int) -> None:
+        """Write the checkpoint of an iteration, and delete the one before unless all are kept."""
+        self.save(str(iteration), iteration)
+        if distributed.is_subgroup_main_process():
+            keep_last_n_checkpoints(self.folder, self.policy.max_to_keep)
+
+    def offer_best(self, accuracy: float, iteration: int) -> None:
+        """Write `best` if the accuracy, in percent, is as good as the best so far."""
+        if accuracy >= self.best_accuracy:
+            self.best_accuracy = accuracy
+            self.save(_BEST, iteration)
+
+    def finish(self, iteration: int) -> None:
+        """Write `final`."""
+        self.save(_FINAL, iteration)
+
+    def clean_up(self) -> None:
+        """Delete what the policy doesn't keep."""
+        if distributed.is_subgroup_main_process():
+            cleanup_checkpoint(self.folder, self.policy)
+
+
+def train_probe(
+    *,
+    step: Callable[[Any], Mapping[str, Tensor]],
+    batches: Iterable[Any],
+    done: int,
+    max_iter: int,
+    checkpoints: ProbeCheckpoints,
+    save_period: int,
+    evaluate: Callable[[int], float],
+    eval_period: int,
+) -> None:
+    """Train to iteration `max_iter`, evaluating and saving on the way; then evaluate once more and clean up.
+
+    An evaluation comes before the checkpoint of the same iteration, which so knows the best accuracy.
+
+    Args:
+        step: trains on one batch; returns what is logged.
+        batches: endless, starting after the iterations that are done.
+        done: iterations that are done.
+        max_iter: number of all iterations.
+        checkpoints: where states are saved.
+        save_period: iterations between checkpoints.
+        evaluate: `evaluate(n)` measures after n + 1 iterations, or finally with n = `max_iter`; returns percent.
+        eval_period: iterations between evaluations. The last iteration is evaluated in the end in any case.
+    """
+    metric_logger = MetricLogger(delimiter="  ")
+    iterations = metric_logger.log_every(batches, 10, "Training", n_iterations=max_iter, start_iteration=done)
+    for iteration, batch in enumerate(iterations, start=done):
+        metric_logger.update(**step(batch))
+        last = iteration + 1 == max_iter
+        if (iteration + 1) % eval_period == 0 and not last:
+            checkpoints.offer_best(evaluate(iteration), iteration)
+        if (iteration + 1) % save_period == 0 and not last:
+            checkpoints.save_regular(iteration)
+    accuracy = evaluate(max_iter)
+    if done < max_iter:
+        checkpoints.offer_best(accuracy, max_iter - 1)
+        checkpoints.finish(max_iter - 1)
+    checkpoints.clean_up()
+
+
+def broadcast_parameters(parameters: Iterable[Tensor]) -> None:
+    """Give all processes the values of rank 0."""
+    if distributed.get_world_size() > 1:
+        for parameter in parameters:
+            dist.broadcast(parameter.data, src=0)
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Average gradients over all processes, in one collective."""
+    world_size = distributed.get_world_size()
+    if world_size == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
