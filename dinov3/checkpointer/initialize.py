@@ -41,10 +41,12 @@ def init_fsdp_model_from_checkpoint(
     """
     path = Path(checkpoint_path)
     if files.is_dcp(path):
-        load_model(path, model, _network_prefix(path), process_group)
+        prefix = _network_prefix(path)
+        _refuse_more(path, f"model.{prefix}", model)
+        load_model(path, model, prefix, process_group)
         return
     skipped = tuple(skip_load_keys or ())
-    state = read_weights(checkpoint_path, part="all")
+    state = read_weights(checkpoint_path, part="all", like=dict(model.named_children()).get("backbone"))
     state = {key: value for key, value in state.items() if not any(part in key for part in skipped)}
     own = model.state_dict()
     sharded = {key: _like(value, own[key]) if key in own else value for key, value in state.items()}
@@ -80,6 +82,15 @@ def _network_prefix(folder: Path) -> str:
     """`"model_ema."` or the like for the checkpoint of a whole training, `""` for that of one network."""
     first = {name.removeprefix("model.").partition(".")[0] for name in files.dcp_tensor_names(folder)}
     return next((f"{network}." for network in NETWORKS if network in first), "")
+
+
+def _refuse_more(folder: Path, prefix: str, model: nn.Module) -> None:
+    """A folder may hold further parts (heads of a model without), but no more tensors in the parts of this model."""
+    own = set(model.state_dict())
+    parts = {key.partition(".")[0] for key in own}
+    held = [name.removeprefix(prefix) for name in files.dcp_tensor_names(folder) if name.startswith(prefix)]
+    if unexpected := [name for name in held if name.partition(".")[0] in parts and name not in own]:
+        raise ValueError(f"{folder} has {len(unexpected)} tensors that the model lacks: {', '.join(unexpected[:8])}")
 
 
 def _like(value: Tensor, own: Tensor) -> Tensor:

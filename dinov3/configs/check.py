@@ -258,11 +258,18 @@ def _student(student: Config) -> Iterator[str]:
     given = [period is not None for period in periods]
     if any(given) != all(given) or (student["pos_embed_rope_base"] is None) != all(given):
         yield "give either student.pos_embed_rope_base or both student.pos_embed_rope_{min,max}_period, the other null"
+    if student["pretrained_weights"] and student["resume_from_teacher_chkpt"]:
+        yield "student.pretrained_weights and student.resume_from_teacher_chkpt exclude each other"
+    if student.get("frozen_blocks", 0) < 0:
+        yield f"student.frozen_blocks must not be negative, got {student['frozen_blocks']}"
     if not 0 <= student["drop_path_rate"] < 1:
         yield f"student.drop_path_rate must be in [0, 1), got {student['drop_path_rate']}"
 
 
 def _training_schedules(cfg: Config) -> Iterator[str]:
+    frozen, epochs = cfg["optim"].get("freeze_backbone_epochs", 0), cfg["optim"]["epochs"]
+    if not 0 <= frozen <= epochs:
+        yield f"optim.freeze_backbone_epochs must be between 0 and optim.epochs {epochs}, got {frozen}"
     if "schedules" not in cfg:
         for section, keys in (("optim", V1_OPTIM), ("teacher", V1_TEACHER)):
             nulls = [f"{section}.{key}" for key in keys if cfg[section][key] is None]

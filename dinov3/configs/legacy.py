@@ -23,7 +23,6 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "train.chunk_schedule": [],
     "train.use_teacher_head": True,
     "train.learn_from_teacher_tokens": False,
-    "student.pretrained_weights": "",
     "student.pos_embed_type": "rope",
     "teacher.in_chans": 3,
     "hrft.enabled": False,

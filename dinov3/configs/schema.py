@@ -149,7 +149,7 @@ class Gram:
     ema_teacher: bool = False
     """Use the EMA teacher itself as Gram teacher."""
     ckpt: str | None = None
-    """Weights of the Gram teacher: a teacher checkpoint, a backbone file or a DCP directory."""
+    """Weights of the Gram teacher: whatever `student.pretrained_weights` may be, or a DCP directory."""
     it_load_ema_teacher: int = -1
     """Iteration at whose start the EMA teacher is copied into the Gram teacher; negative: never."""
     rep_update: bool = True
@@ -231,7 +231,11 @@ class Student:
     ffn_ratio: float = 4.0
     """Fixed by the architecture; another value is warned of."""
     resume_from_teacher_chkpt: str = ""
-    """Weights to start from: a teacher checkpoint or a DCP directory."""
+    """Teacher to start from, heads included: a teacher checkpoint or a DCP directory, of the same network."""
+    pretrained_weights: str = ""
+    """Backbone to start from, with fresh heads: hub name, file, Hugging Face folder or name, or teacher checkpoint."""
+    frozen_blocks: int = ABSENT
+    """First blocks that don't learn, nor do patch embedding and tokens then (0); ViTs only."""
     qkv_bias: bool = True
     """Bias of the projections to queries, keys and values."""
     proj_bias: bool = True
@@ -344,6 +348,8 @@ class Optim:
     """v1: stretch the cosine by this fraction and cut it off."""
     clip_grad: float | None = 3.0
     """Largest gradient norm, of backbone and heads separately; 0 or null: no clipping."""
+    freeze_backbone_epochs: float = ABSENT
+    """Epochs at the beginning in which the heads learn and the backbone doesn't (0)."""
     freeze_last_layer_epochs: float | None = 1
     """v1: epochs in which the last layers of the heads don't learn."""
     scaling_rule: str | None = "sqrt_wrt_1024"
@@ -394,6 +400,9 @@ class Crops:
     """The channels are divided by it."""
     teacher_to_student_resolution_scale: float = 1.0
     """Distillation: the teacher sees global crops of 1 / this resolution."""
+    augmentation: str = ABSENT
+    """Who computes the crops: "tensor", quick (the default); "pil", by Pillow as the released models were trained, equal
+    up to rounding; "device", distortions in batches on the accelerator."""
 
 
 @dataclass

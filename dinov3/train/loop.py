@@ -31,11 +31,12 @@ from dinov3.data.collate import split_batch
 from dinov3.fsdp import synchronize_gradients
 from dinov3.logging import MetricLogger
 from dinov3.logging.sinks import make_sinks
+from dinov3.optim import epochs_to_iterations
 from dinov3.train.export import do_test, write_atomically
 from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg
 from dinov3.train.memory import explain_out_of_memory, memory_by_part
 from dinov3.train.monitors import OnlineKnn
-from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer, clip_gradients
+from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer, clip_gradients, hold_still
 from dinov3.train.resume import RecordedConfig, check_same_student
 from dinov3.train.schedules import build_schedulers
 from dinov3.train.ssl_meta_arch import Metrics, SSLMetaArch
@@ -117,6 +118,9 @@ class TrainingRun:
         self.global_batch_size = global_batch_size(cfg)
         knn = cfg.evaluation.get("online_knn")
         self.online_knn = OnlineKnn(knn, cfg.train.num_workers) if knn else None
+        self.heads_only_iterations = epochs_to_iterations(
+            cfg.optim.get("freeze_backbone_epochs", 0), cfg.train.OFFICIAL_EPOCH_LENGTH
+        )
         self.n_parts = cfg.train.get("gradient_accumulation", 1)
         self.random_state = RandomState()
         self.recorded_config = RecordedConfig(flat_config(cfg))
@@ -178,6 +182,8 @@ class TrainingRun:
         """One optimization step; returns the metrics to log."""
         lr, wd, momentum, teacher_temp, last_layer_lr = (schedule[iteration] for schedule in self.schedules)
         apply_optim_scheduler(self.optimizer, lr, wd, last_layer_lr)
+        if iteration < self.heads_only_iterations:
+            hold_still(self.optimizer, self.model.student["backbone"].parameters())
         self.optimizer.zero_grad(set_to_none=True)
         batch = {**batch, "global_batch_size": self.global_batch_size}
         self.model.monitor = iteration % LOG_PERIOD == 0 or iteration + 1 == self.total_iterations

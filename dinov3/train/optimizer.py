@@ -1,5 +1,6 @@
 """Optimizer of the student: construction, per-iteration settings, gradient clipping."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ def apply_optim_scheduler(optimizer: torch.optim.Optimizer, lr: float, wd: float
     for group in optimizer.param_groups:
         group["weight_decay"] = wd * group["wd_multiplier"]
         group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
+
+
+def hold_still(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
+    """Give the groups of these parameters the learning rate 0 in this iteration."""
+    held = {id(param) for param in params}
+    for group in optimizer.param_groups:
+        if any(id(param) in held for param in group["params"]):
+            group["lr"] = 0.0
 
 
 def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from dinov3 import distributed
-from dinov3.checkpointer import init_fsdp_model_from_checkpoint
 from dinov3.configs.config import load_teacher_config
 from dinov3.data import DataAugmentationDINO
 from dinov3.fsdp import ac_compile_parallelize, init_weights
@@ -31,15 +30,13 @@ from dinov3.train.monitors import collapse_monitors
 from dinov3.train.objectives import dino_pair_scales, loss_weight_schedule, weight_at
 from dinov3.train.param_groups import fuse_params_groups, get_params_groups_with_decay_fsdp
 from dinov3.train.teachers import (
-    HEADS,
-    LOSS_CENTERS,
-    NOT_SHARDED,
     build_distillation_teacher,
     build_part,
     build_student_and_teacher,
     fill_with_invalid_values,
     follow,
 )
+from dinov3.train.warm_start import freeze_first_blocks, load_network
 
 logger = logging.getLogger("dinov3")
 
@@ -83,6 +80,7 @@ class SSLMetaArch(nn.Module):
         )
 
         self.student, ema, self.embed_dim = build_student_and_teacher(cfg)
+        freeze_first_blocks(self.student["backbone"], cfg.student.get("frozen_blocks", 0))
         self.teacher: nn.ModuleDict = ema
         self.model_ema: nn.ModuleDict = ema
         if cfg.distillation.enabled:
@@ -135,14 +133,15 @@ class SSLMetaArch(nn.Module):
         self.ibot_patch_loss.init_weights()
         self.model_ema.load_state_dict(self.student.state_dict())
 
-        load = partial(init_fsdp_model_from_checkpoint, keys_not_sharded=NOT_SHARDED)
         if self.gram_teacher is not None and self.gram_lifecycle.ckpt:
-            load(
-                self.gram_teacher, self.gram_lifecycle.ckpt, skip_load_keys=(*HEADS, *LOSS_CENTERS), process_group=world
-            )
+            load_network(self.gram_teacher, self.gram_lifecycle.ckpt, "gram.ckpt", world)
             self.gram_teacher_initialized = True
         if source := self.cfg.student.resume_from_teacher_chkpt:
-            load(self.student, source, skip_load_keys=LOSS_CENTERS, process_group=subgroup)
+            load_network(self.student, source, "student.resume_from_teacher_chkpt", subgroup)
+            self.model_ema.load_state_dict(self.student.state_dict())
+        if source := self.cfg.student.pretrained_weights:
+            backbone = nn.ModuleDict({"backbone": self.student["backbone"]})
+            load_network(backbone, source, "student.pretrained_weights", subgroup)
             self.model_ema.load_state_dict(self.student.state_dict())
         if self.cfg.distillation.enabled:
             source = self.cfg.distillation.checkpoint_path
@@ -150,7 +149,7 @@ class SSLMetaArch(nn.Module):
                 logger.warning("distillation.checkpoint_path is 'ignore': the distillation teacher has random weights")
                 self._init_randomly(self.teacher, load_teacher_config(self.cfg.distillation.full_cfg_path), world)
             else:
-                load(self.teacher, source, skip_load_keys=LOSS_CENTERS, process_group=world)
+                load_network(self.teacher, source, "distillation.checkpoint_path", world)
 
     @staticmethod
     def _init_randomly(network: nn.ModuleDict, cfg: Any, group: ProcessGroup | None) -> None:
@@ -514,6 +513,7 @@ class SSLMetaArch(nn.Module):
             horizontal_flips=crops.horizontal_flips,
             mean=crops.rgb_mean,
             std=crops.rgb_std,
+            augmentation=crops.get("augmentation", "tensor"),
         )
 
     @staticmethod
