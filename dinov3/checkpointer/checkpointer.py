@@ -25,7 +25,7 @@ from dinov3 import distributed
 from dinov3.checkpointer import files
 from dinov3.checkpointer.dcp import AliasingWriter, LoadPlanner, SafeReader, clear_errors
 from dinov3.checkpointer.directories import abandon_saving, begin_saving, finish_saving
-from dinov3.checkpointer.layouts import clean_key
+from dinov3.utils.modules import unwrapped_name
 
 logger = logging.getLogger("dinov3")
 
@@ -193,7 +193,7 @@ def _shared_names(model: nn.Module, state: Mapping[str, Any]) -> list[list[str]]
     by_tensor: dict[int, list[str]] = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
-        if (key := clean_key(name)) in state:
+        if (key := unwrapped_name(name)) in state:
             by_tensor.setdefault(id(tensor), []).append(key)
     return [names for names in by_tensor.values() if len(names) > 1]
 

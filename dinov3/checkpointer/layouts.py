@@ -82,14 +82,6 @@ _TIMM_CONVNEXT = [
 ]
 
 _RECOMPUTED = ("rope_embed.periods", ".bias_mask")
-_WRAPPERS = re.compile(
-    r"(?<![^.])(?:_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module|parametrizations|module)\."
-)
-
-
-def clean_key(key: str) -> str:
-    """A state-dict key without the names that wrappers (compile, checkpointing, FSDP, DDP) put into it."""
-    return _WRAPPERS.sub("", key).removesuffix(".original")
 
 
 def recognise(state: Mapping[str, Any]) -> Layout:

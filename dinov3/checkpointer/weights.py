@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinov3.checkpointer.files import dcp_tensor_names, is_dcp, read_config, read_dcp, read_file, read_folder
-from dinov3.checkpointer.layouts import clean_key, to_meta
+from dinov3.checkpointer.layouts import to_meta
 from dinov3.checkpointer.sources import local_path
+from dinov3.utils.modules import unwrapped_name
 
 logger = logging.getLogger("dinov3")
 
@@ -93,10 +94,10 @@ def _read_flat(
         names = [name.removeprefix("model.") for name in dcp_tensor_names(path) if name.startswith("model.")]
         if not names:
             raise ValueError(f"the checkpoint {path} holds no tensor named 'model.…'")
-        prefix = _network_prefix(map(clean_key, names), network, path)
-        wanted = [name for name in names if clean_key(name).startswith(prefix)]
+        prefix = _network_prefix(map(unwrapped_name, names), network, path)
+        wanted = [name for name in names if unwrapped_name(name).startswith(prefix)]
         state = read_dcp(path, [f"model.{name}" for name in wanted])
-        state = {clean_key(name): state[f"model.{name}"] for name in wanted}
+        state = {unwrapped_name(name): state[f"model.{name}"] for name in wanted}
     else:
         if path.is_dir():
             content, config = read_folder(path)
@@ -118,7 +119,7 @@ def _unwrap(content: Any, network: str | None, path: object) -> tuple[dict[str, 
             held = type(content).__name__ if content else "nothing"
             raise ValueError(f"{path} holds {held}, expected tensors by name")
         if all(isinstance(value, Tensor) for value in content.values()):
-            return {clean_key(key): value for key, value in content.items()}, found
+            return {unwrapped_name(key): value for key, value in content.items()}, found
         wanted = (network,) if network and network in content else (*NETWORKS[:3], *_CONTAINERS)
         name = next((name for name in wanted if isinstance(content.get(name), Mapping)), None)
         if name is None:

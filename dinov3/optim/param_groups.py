@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import nn
 
-# What FSDP, activation checkpointing, torch.compile, data parallelism and parametrizations add to names.
-_WRAPPERS = re.compile(
-    r"(?<![^.])(?:_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module|parametrizations|module)\."
-)
+from dinov3.utils.modules import unwrapped_name
+
 _EMBEDDINGS = ("pos_embed", "patch_embed", "mask_token", "cls_token", "storage_tokens")
 _NO_DECAY = ("norm", "gamma", "fourier_w")
 
@@ -18,7 +16,7 @@ ParamGroup = dict[str, Any]
 
 def remove_fsdp_compile_names(name: str) -> str:
     """`name` of a parameter as it was before the model was wrapped, compiled or parametrized."""
-    return _WRAPPERS.sub("", name).removesuffix(".original")
+    return unwrapped_name(name)
 
 
 def get_vit_lr_decay_rate(

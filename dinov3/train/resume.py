@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dinov3.checkpointer.files import dcp_tensor_names
-from dinov3.checkpointer.layouts import clean_key
+from dinov3.utils.modules import unwrapped_name
 
 logger = logging.getLogger("dinov3")
 
@@ -66,7 +66,7 @@ def check_same_student(checkpoint: Path, student: nn.Module) -> None:
     """
     prefix = "model.student."
     saved = {name.removeprefix(prefix) for name in dcp_tensor_names(checkpoint) if name.startswith(prefix)}
-    own = {clean_key(name) for name in student.state_dict()}
+    own = {unwrapped_name(name) for name in student.state_dict()}
     if saved == own:
         return
     raise ValueError(

@@ -1,5 +1,6 @@
 """Walking over sub-modules by their dotted names, and counting."""
 
+import re
 from collections.abc import Callable
 
 from torch import nn
@@ -66,3 +67,14 @@ def count_parameters(module: nn.Module) -> int:
 def has_batchnorms(module: nn.Module) -> bool:
     """Whether a batch normalisation, synchronised or not, is part of the module."""
     return any(isinstance(child, _BATCH_NORMS) for child in module.modules())
+
+
+# What FSDP, activation checkpointing, torch.compile, data parallelism and parametrizations add to names.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module|parametrizations|module)\."
+)
+
+
+def unwrapped_name(name: str) -> str:
+    """Dotted name of a parameter or buffer as it was before its model was wrapped, compiled or parametrized."""
+    return _WRAPPERS.sub("", name).removesuffix(".original")
