@@ -28,6 +28,8 @@ from dinov3.checkpointer import (
 from dinov3.checkpointer.random_state import RandomState
 from dinov3.configs.config import flat_config
 from dinov3.data.collate import split_batch
+from dinov3.distributed.stopping import StopRequest
+from dinov3.distributed.watchdog import Watchdog
 from dinov3.fsdp import synchronize_gradients
 from dinov3.logging import MetricLogger
 from dinov3.logging.sinks import make_sinks
@@ -49,6 +51,7 @@ nan_logger = logging.getLogger("nan_logger")
 
 LOG_PERIOD = 10
 GARBAGE_COLLECTION_PERIOD = 150
+STALL_TIMEOUT_S = 1800.0
 MAX_NON_FINITE_IN_A_ROW = 2
 
 
@@ -131,6 +134,7 @@ class TrainingRun:
             register_dont_save_hooks(model, [key for key in model.state_dict() if key.startswith("teacher.")])
         model.init_weights()
         self.start_iteration = self._resume() if resume else 0
+        self.last_saved = self.start_iteration - 1
         if distributed.is_subgroup_main_process():
             names = cfg.train.get("sinks", ())
             self.metric_logger.sinks += make_sinks(
@@ -228,6 +232,26 @@ class TrainingRun:
         """Hand the metrics, averaged over the process subgroup, to the meters (no wait for the device)."""
         self.metric_logger.update(**average_over_ranks(metrics))
 
+    def all_iterations(self, stall_timeout_s: float) -> None:
+        """Run from the start iteration to the end, or until a signal asks to stop."""
+        # All processes watch each other, those of other students too, whose folders lie beside this one.
+        folder = self.output_dir.parent if self.cfg.multidistillation.enabled else self.output_dir
+        with StopRequest() as stop, Watchdog(folder / "heartbeats", stall_timeout_s) as watchdog:
+            for iteration, batch in self.batches():
+                watchdog.beat(f"computing iteration {iteration}")
+                if stop.agreed():
+                    self.save_before(iteration)
+                    stop.leave()
+                if (iteration + 1) % GARBAGE_COLLECTION_PERIOD == 0:
+                    gc.collect()
+                seed_iteration(self.cfg.train.seed, iteration)
+                if self.model.gram_lifecycle.loads_ema_before(iteration):
+                    self.model.gram_load_ema_teacher()
+                self.log(self.step(iteration, batch))
+                watchdog.beat(f"evaluating and saving after iteration {iteration}")
+                self.after_iteration(iteration)
+                watchdog.beat(f"loading the batch of iteration {iteration + 1}")
+
     def after_iteration(self, iteration: int) -> None:
         """Evaluate, export and checkpoint where it is due; export and checkpoint also after the last iteration."""
         if self.online_knn is not None and self.online_knn.is_due(iteration):
@@ -248,9 +272,15 @@ class TrainingRun:
         logger.info("Online k-NN of the EMA teacher: %.2f %%", accuracy)
         return accuracy
 
+    def save_before(self, iteration: int) -> None:
+        """Save what the iterations before this one have done, unless that is on disk already."""
+        if self.last_saved != iteration - 1:
+            self.save(iteration - 1)
+
     def save(self, iteration: int) -> None:
         """Write `ckpt/<iteration>`, drop old ones, and keep a permanent copy where `keep_every` asks for it."""
         path = self.ckpt_dir / str(iteration)
+        self.last_saved = iteration
         save_checkpoint(
             path,
             iteration=iteration,
@@ -266,10 +296,22 @@ class TrainingRun:
             keep_checkpoint_copy(path)
 
 
-def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, float]:
+def do_train(
+    cfg: Any, model: SSLMetaArch, resume: bool = False, *, stall_timeout_s: float = STALL_TIMEOUT_S
+) -> dict[str, float]:
     """Train to the end; returns the average of every metric over the iterations of this call.
 
+    A signal (Ctrl-C, SIGTERM, the one that announces a preemption) ends the training after a checkpoint.
+
+    Args:
+        cfg: merged configuration.
+        model: an `SSLMetaArch` on its device.
+        resume: continue from the newest checkpoint in the output folder, if there is one.
+        stall_timeout_s: without progress for this long, name the process that is the reason, and end.
+
     Raises:
+        Stopped: on such a signal; an exit with a code that tells which (`dinov3.distributed.stopping`).
+        PeerLost: another process died or stalled; also an exit.
         RuntimeError: the loss was not finite for too many iterations in a row, or memory ran out: then the message says
             what holds it and which settings need less.
     """
@@ -281,14 +323,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
     gc.disable()  # a collection in one process makes all others wait: collect together, at known iterations
     gc.collect()
     try:
-        for iteration, batch in run.batches():
-            if (iteration + 1) % GARBAGE_COLLECTION_PERIOD == 0:
-                gc.collect()
-            seed_iteration(cfg.train.seed, iteration)
-            if model.gram_lifecycle.loads_ema_before(iteration):
-                model.gram_load_ema_teacher()
-            run.log(run.step(iteration, batch))
-            run.after_iteration(iteration)
+        run.all_iterations(stall_timeout_s)
     except torch.OutOfMemoryError as error:
         parts = memory_by_part(model, run.optimizer)
         raise RuntimeError(explain_out_of_memory(error, cfg, parts)) from error
