@@ -393,7 +393,8 @@ def train_linear_classifiers(
 def _make_heads(
     feature_model: nn.Module, train_dataset: Any, train_config: TrainConfig, num_classes: int
 ) -> tuple[AllClassifiers, list[dict[str, Any]]]:
-    sample = feature_model(train_dataset[0][0].unsqueeze(0).to(default_device()))
+    with torch.no_grad():
+        sample = feature_model(train_dataset[0][0].unsqueeze(0).to(default_device()))
     return setup_linear_classifiers(
         sample,
         train_config.n_last_blocks_list,

@@ -13,7 +13,7 @@ from torch import nn
 
 import dinov3.hub.backbones
 from dinov3.configs import DinoV3SetupArgs, setup_config
-from dinov3.eval import knn
+from dinov3.eval import knn, linear, log_regression
 from dinov3.eval.config import ModelConfig
 from dinov3.eval.setup import load_model_and_context, setup_and_build_model
 from dinov3.models import build_model_from_cfg
@@ -64,6 +64,9 @@ def _knn_arguments(training: Path) -> list[str]:
     )
 
 
+_RESULTS = {"results-knn.csv", "results-log-regression.csv", "results-linear.csv"}
+
+
 def _accuracies(training: Path) -> list[float]:
     header, values = (training / "out/results-knn.csv").read_text().splitlines()
     assert header == "1 Top 1,5 Top 1"
@@ -88,11 +91,38 @@ def test_knn_as_a_script_leaves_the_training_alone(training: Path) -> None:
     assert (out / "eval_config.yaml").exists()
 
 
-def test_knn_under_torchrun_finds_the_same(training: Path, tmp_path: Path) -> None:
-    assert knn.main(_knn_arguments(training)) == 0
-    alone = _accuracies(training)
-    assert run_distributed(knn.main, 2, tmp_path, _knn_arguments(training), init_group=False) == [0, 0]
-    assert _accuracies(training) == pytest.approx(alone)
+def _log_regression_arguments(training: Path) -> list[str]:
+    test_dataset = f"eval.test_dataset=ImageFolder:root={training}/val:index_cache=off"
+    return _arguments(training, [test_dataset, "train.tol=1e-3", "train.train_dtype=float32"])
+
+
+def _linear_arguments(training: Path) -> list[str]:
+    val_dataset = f"train.val_dataset=ImageFolder:root={training}/val:index_cache=off"
+    return _arguments(training, [val_dataset, "train.batch_size=4", "train.epochs=1", "train.epoch_length=2"])
+
+
+def _all_three(training: Path) -> None:
+    for main, arguments in (
+        (knn.main, _knn_arguments),
+        (log_regression.main, _log_regression_arguments),
+        (linear.main, _linear_arguments),
+    ):
+        assert main(arguments(training)) == 0
+
+
+def test_all_commands_in_one_directory_alone_and_under_torchrun(training: Path, tmp_path: Path) -> None:
+    out = training / "out"
+    config = (out / "config.yaml").read_bytes()
+    _all_three(training)
+    tables = {name: (out / name).read_text() for name in _RESULTS}
+    assert run_distributed(_all_three, 2, tmp_path, training, init_group=False) == [None, None]
+    for name in _RESULTS - {"results-linear.csv"}:  # linear: a batch of two processes is another training
+        numbers = [float(value) for value in (out / name).read_text().splitlines()[1].split(",")]
+        assert numbers == pytest.approx([float(value) for value in tables[name].splitlines()[1].split(",")]), name
+    header, values = (out / "results-linear.csv").read_text().splitlines()
+    assert header == f"ImageFolder:root={training}/val:index_cache=off_accuracy,best_classifier"
+    assert values.partition(",")[2].startswith("classifier_1_blocks_avgpool_True_lr_")
+    assert (out / "config.yaml").read_bytes() == config
 
 
 def test_unknown_keys_of_the_training_are_errors_unless_allowed(training: Path, tmp_path: Path) -> None:

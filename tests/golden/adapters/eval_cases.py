@@ -29,8 +29,8 @@ _AREA = "data_evals"
 # Configuration keys that this package has beyond those of the reference.
 _ADDED_KEYS = ("train.similarity_dtype", "train.solver")
 
-# What may hold more than the reference has: checkpoints also keep the scheduler, and of heads whose learning rates agree
-# to five decimals all are trained, where the reference keeps one (the further ones have a number in their names).
+# What may hold more than the reference has: checkpoints also keep the scheduler, and of heads whose learning rates
+# agree to five decimals all are trained, where the reference keeps one (further ones have a number in their names).
 _MORE_ALLOWED = {
     ("linear_train_", "checkpoint_keys"),
     ("linear_train_", "optimizer_options"),
