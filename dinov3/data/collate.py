@@ -52,7 +52,7 @@ def collate_data_and_cast(
         sample`; `collated_gram_teacher_crops` [S*B0, 3, T, T] if the samples have them; `collated_masks` bool [B, N];
         `mask_indices_list` int64 [M], positions in the flattened masks; `masks_weight` float32 [M], one over the
         number of masked patches of that row; `upperbound`, the number of patches asked for; `n_masked_patches` int64
-        [1].
+        [1]. With `augmentation="device"` crops keep their dtype, and `distortions` holds what is left to do.
 
     Raises:
         ValueError: empty batch, no mask generator, `n_tokens` that is not the generator's, samples that differ in
@@ -76,11 +76,15 @@ def collate_data_and_cast(
     batch_size = n_global_crops * (len(crops) if local_batch_size is None else local_batch_size)
 
     batch: dict[str, Any] = {
-        "collated_global_crops": _stack_crops(crops, "global_crops").to(dtype),
-        "collated_local_crops": _stack_crops(crops, "local_crops").to(dtype),
+        "collated_global_crops": _stack_crops(crops, "global_crops"),
+        "collated_local_crops": _stack_crops(crops, "local_crops"),
     }
     if "gram_teacher_crops" in crops[0]:
-        batch["collated_gram_teacher_crops"] = _stack_crops(crops, "gram_teacher_crops").to(dtype)
+        batch["collated_gram_teacher_crops"] = _stack_crops(crops, "gram_teacher_crops")
+    if "distortions" in crops[0]:  # still grey levels, which `DeviceAugmentation` will cast
+        batch["distortions"] = {kind: _stack_distortions(crops, kind) for kind in ("global", "local")}
+    else:
+        batch = {key: stacked.to(dtype) for key, stacked in batch.items()}
     masks, upperbound = _draw_masks(
         batch_size, mask_ratio_tuple, mask_probability, mask_generator, random_circular_shift, python_rng, numpy_rng
     )
@@ -171,6 +175,12 @@ def _stack_crops(crops: Sequence[Mapping[str, Any]], key: str) -> Tensor:
     if n_crops == 0:  # no local crops at all
         return crops[0]["global_crops"][0].new_empty(0, 3, 0, 0)
     return torch.stack([sample[key][i] for i in range(n_crops) for sample in crops])
+
+
+def _stack_distortions(crops: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Tensor]:
+    """Parameters with one row per crop, in the order of `_stack_crops`."""
+    rows = [sample["distortions"][kind] for sample in crops]
+    return {name: torch.stack([row[name] for row in rows], dim=1).flatten(0, 1) for name in rows[0]}
 
 
 def _draw_masks(

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset
 
 from dinov3 import distributed
@@ -17,6 +18,7 @@ from dinov3.data import (
     make_data_loader,
     make_dataset,
 )
+from dinov3.data.device_augmentation import DeviceAugmentation, DeviceAugmentedLoader
 from dinov3.data.meta_loaders import choices
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.utils.device import default_device
@@ -41,13 +43,14 @@ def build_data_loader_from_cfg(cfg: Any, model: SSLMetaArch, start_iter: int) ->
         total = cfg.multidistillation.global_batch_size
         batch_size, local_batch_size = -(-total // world), total // subgroup
 
+    augmentation = model.build_data_augmentation_dino(cfg)
     dataset = make_dataset(
         dataset_str=cfg.train.dataset_path,
-        transform=model.build_data_augmentation_dino(cfg),
+        transform=augmentation,
         target_transform=_no_target,
     )
     sharded = cfg.train.cache_dataset and not isinstance(dataset, IterableDataset)
-    return make_data_loader(
+    loader = make_data_loader(
         dataset=dataset,
         batch_size=batch_size,
         num_workers=cfg.train.num_workers,
@@ -59,6 +62,15 @@ def build_data_loader_from_cfg(cfg: Any, model: SSLMetaArch, start_iter: int) ->
         draw_seed=cfg.train.seed,
         start_iteration=start_iter,
     )
+    if augmentation.augmentation != "device":
+        return loader
+    return DeviceAugmentedLoader(
+        loader, DeviceAugmentation(augmentation, device=default_device(), dtype=_crop_dtype(cfg))
+    )
+
+
+def _crop_dtype(cfg: Any) -> torch.dtype:
+    return resolve_compute_dtype(dtype_dict[cfg.compute_precision.param_dtype], default_device())
 
 
 def _build_collate(cfg: Any, local_batch_size: int | None) -> partial[dict[str, Any]]:
@@ -69,7 +81,7 @@ def _build_collate(cfg: Any, local_batch_size: int | None) -> partial[dict[str, 
         collate_data_and_cast,
         mask_ratio_tuple=tuple(cfg.ibot.mask_ratio_min_max),
         mask_probability=cfg.ibot.mask_sample_probability,
-        dtype=resolve_compute_dtype(dtype_dict[cfg.compute_precision.param_dtype], default_device()),
+        dtype=_crop_dtype(cfg),
         n_tokens=grid**2,
         mask_generator=MaskingGenerator(
             input_size=(grid, grid), max_num_patches=0.5 * size // patch_size * size // patch_size

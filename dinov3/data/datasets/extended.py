@@ -7,13 +7,24 @@ from typing import Any
 from PIL import Image
 from torchvision.datasets import VisionDataset
 
-from dinov3.data.datasets.decoders import Decoder, ImageDataDecoder, TargetDecoder
+from dinov3.data.datasets.decoders import (
+    Decoder,
+    EncodedImage,
+    ImageDataDecoder,
+    TargetDecoder,
+    UndecodableImageError,
+)
+
+
+class UnreadableSampleError(RuntimeError):
+    """The image of a sample can't be read or decoded; the cause says why."""
 
 
 class ExtendedVisionDataset(VisionDataset):
     """Items are (decoded image, decoded target), passed through `transforms`.
 
-    A subclass gives `get_image_data`, `get_target` and `__len__`.
+    A subclass gives `get_image_data`, `get_target` and `__len__`. A `transform` whose attribute `takes_encoded` is true
+    gets the image before it is decoded (`EncodedImage`), if the decoder can give it so.
 
     Args:
         image_decoder, target_decoder: made from the data of an item; their `decode()` is the item.
@@ -55,14 +66,37 @@ class ExtendedVisionDataset(VisionDataset):
         """The decoded image of a sample.
 
         Raises:
-            RuntimeError: it can't be read or decoded; the cause says why.
+            UnreadableSampleError: it can't be read or decoded; a `RuntimeError`, whose cause says why.
         """
         try:
             return self.image_decoder(self.get_image_data(index)).decode()
         except Exception as error:
-            raise RuntimeError(f"can not read image for sample {index}") from error
+            raise _unreadable(index) from _reason(error)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image = self.decode_image(index)
+        image = self._image_for_transform(index)
         target = self.target_decoder(self.get_target(index)).decode()
-        return self.transforms(image, target) if self.transforms is not None else (image, target)
+        if self.transforms is None:
+            return image, target
+        try:
+            return self.transforms(image, target)
+        except UndecodableImageError as error:
+            raise _unreadable(index) from _reason(error)
+
+    def _image_for_transform(self, index: int) -> Image.Image | EncodedImage:
+        """The image as the transform takes it."""
+        if not getattr(self.transform, "takes_encoded", False):
+            return self.decode_image(index)
+        try:
+            decoder = self.image_decoder(self.get_image_data(index))
+            return decoder.encoded() if isinstance(decoder, ImageDataDecoder) else decoder.decode()
+        except Exception as error:
+            raise _unreadable(index) from _reason(error)
+
+
+def _unreadable(index: int) -> UnreadableSampleError:
+    return UnreadableSampleError(f"can not read image for sample {index}")
+
+
+def _reason(error: Exception) -> BaseException:
+    return error.__cause__ or error if isinstance(error, UndecodableImageError) else error

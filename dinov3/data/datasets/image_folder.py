@@ -6,16 +6,14 @@ list of files is kept in `index_cache.py`.
 
 import logging
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dinov3.data.datasets.decoders import TargetDecoder, UprightImageDataDecoder
-from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.extended import ExtendedVisionDataset, UnreadableSampleError
 from dinov3.data.datasets.index_cache import FolderIndex, load_or_build_index
 
 logger = logging.getLogger("dinov3")
@@ -111,19 +109,7 @@ class ImageFolder(ExtendedVisionDataset):
         """The encoded image of a sample."""
         return (self._folder / self._index.path(index)).read_bytes()
 
-    def decode_image(self, index: int) -> Image.Image:
-        """The decoded image of a sample; Pillow's warnings about odd metadata are not passed on."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return super().decode_image(index)
-
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, index = self._readable_image(index)
-        target = self.get_target(index)
-        return self.transforms(image, target) if self.transforms is not None else (image, target)
-
-    def _readable_image(self, index: int) -> tuple[Image.Image, int]:
-        """The image of this sample, or of the next one that can be decoded, and whose it is."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range: the dataset has {len(self)} images")
         first = index % len(self)
@@ -131,14 +117,14 @@ class ImageFolder(ExtendedVisionDataset):
         for candidate in range(first, first + n_tries):
             candidate %= len(self)
             try:
-                return self.decode_image(candidate), candidate
-            except RuntimeError as error:
+                return super().__getitem__(candidate)
+            except UnreadableSampleError as error:
                 if self.on_error == "raise":
                     raise RuntimeError(f"can not read {self._folder / self._index.path(candidate)}") from error
                 self._report(candidate, error)
         raise RuntimeError(f"ImageFolder: none of {n_tries} images from {self._index.path(first)} on can be decoded")
 
-    def _report(self, index: int, error: RuntimeError) -> None:
+    def _report(self, index: int, error: UnreadableSampleError) -> None:
         path = self._index.path(index)
         if path not in self.unreadable:
             self.unreadable[path] = repr(error.__cause__)

@@ -8,6 +8,7 @@ from dinov3.data.datasets.decoders import (
     DenseTargetDecoder,
     ImageDataDecoder,
     TargetDecoder,
+    UndecodableImageError,
     UprightImageDataDecoder,
     to_rgb,
 )
@@ -40,7 +41,7 @@ def test_16_bit_grey_values_are_scaled_not_cut_off() -> None:
 
 @pytest.mark.parametrize("name", broken_images())
 def test_broken_images_raise(name: str) -> None:
-    with pytest.raises(OSError, match=r"(?i)truncated|cannot identify"):
+    with pytest.raises(UndecodableImageError, match=r"(?i)truncated|cannot identify"):
         ImageDataDecoder(broken_images()[name]).decode()
 
 
