@@ -7,8 +7,10 @@ The same runs under torchrun and through `python -m dinov3.run.submit`. The loop
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from dinov3.logging import setup_logging
 from dinov3.run.init import job_context
 from dinov3.train.export import do_test
 from dinov3.train.loaders import build_data_loader_from_cfg, build_multi_resolution_data_loader_from_cfg
-from dinov3.train.loop import do_train
+from dinov3.train.loop import STALL_TIMEOUT_S, do_train
 from dinov3.train.multidist_meta_arch import MultiDistillationMetaArch
 from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer
 from dinov3.train.schedules import build_schedulers, build_schedulers_v2
@@ -74,6 +76,13 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-unknown-keys", action="store_true", help="warn of unknown config keys instead of stopping"
     )
+    parser.add_argument(
+        "--stall-timeout",
+        type=float,
+        default=STALL_TIMEOUT_S,
+        metavar="SECONDS",
+        help="without progress for this long, name the process that is the reason, and end; default: %(default)g",
+    )
     parser.add_argument("--eval", default="", help=IGNORED)
     parser.add_argument("--eval_pretrained_weights", default="", help=IGNORED)
     for flag in ("--benchmark-codebase", "--test-ibot", "--profiling", "--dump-fsdp-weights", "--record_ref_losses"):
@@ -104,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         finally:
             exit_job()
         return
-    with job_context(output_dir=args.output_dir, seed=args.seed):
+    # Later than the watchdog, which knows more than a collective that ran out of time.
+    timeout = timedelta(seconds=2 * args.stall_timeout)
+    with job_context(output_dir=args.output_dir, seed=args.seed, distributed_timeout=timeout):
         cfg = setup_config(args, strict_cfg=False)
         setup_logging(output=str(Path(args.output_dir, "nan_logs")), name="nan_logger")
         _run(cfg, args)
@@ -116,7 +127,9 @@ def _run(cfg: Any, args: argparse.Namespace) -> None:
     if args.eval_only:
         export_newest(cfg, model)
         return
-    do_train(cfg, model, resume=not args.no_resume)
+    # A job that SLURM has started again goes on, whatever it was told at first.
+    resume = not args.no_resume or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    do_train(cfg, model, resume=resume, stall_timeout_s=args.stall_timeout)
 
 
 def build_meta_arch(cfg: Any, *, multi_distillation: bool) -> SSLMetaArch:

@@ -1,0 +1,132 @@
+"""The local launcher, whole: the same training as without it, and what happens when processes are stopped or die."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dinov3.distributed.stopping import PREEMPTED
+from dinov3.train.train import main as train
+from tests.helpers import tiny_training
+from tests.helpers.distributed import run_distributed
+from tests.helpers.source import ROOT
+from tests.helpers.tiny_training import with_output
+from tests.train.test_end_to_end import assert_same_training
+
+if os.name != "posix":
+    pytest.skip("needs POSIX signals", allow_module_level=True)
+
+SCRIPT = str(ROOT / "tests" / "helpers" / "tiny_training.py")
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return tiny_training.prepare(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a training on two processes that nobody disturbed, started without any launcher."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_distributed(_train, 2, folder, with_output(arguments, folder / "out"), init_group=False)
+    return folder / "out"
+
+
+def _train(argv: Sequence[str]) -> None:
+    train(argv)
+
+
+def start(argv: Sequence[str], *flags: str) -> subprocess.Popen[str]:
+    """The launcher, running in its own process."""
+    command = [sys.executable, "-m", "dinov3.run.submit", SCRIPT, "--cluster", "local", *flags, *argv]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_checkpoint(output_dir: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not list(output_dir.glob("ckpt/[0-9]*/.metadata")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        time.sleep(0.01)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output = process.communicate(timeout=200)[0]
+    return process.returncode, output
+
+
+def test_a_preempted_training_saves_leaves_and_goes_on_bit_for_bit(
+    arguments: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    argv = with_output(arguments, tmp_path / "out")
+    process = start(argv, "--ngpus", "2")
+    wait_for_checkpoint(tmp_path / "out", process)
+    process.send_signal(signal.SIGUSR2)
+    code, output = finish(process)
+    assert code == PREEMPTED, output
+    assert not (tmp_path / "out" / "teacher_checkpoint.pth").exists() or "stopped by SIGUSR2" in output
+    resume = next(line for line in output.splitlines() if line.startswith("to resume: "))
+    code, output = finish(
+        subprocess.Popen(
+            resume.removeprefix("to resume: "),
+            shell=True,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    )
+    assert code == 0, output
+    assert "Resuming from" in output
+    assert_same_training(tmp_path / "out", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_the_next_run_is_right(
+    arguments: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    argv = with_output(arguments, tmp_path / "out")
+    process = start(argv, "--ngpus", "2")
+    wait_for_checkpoint(tmp_path / "out", process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    victims = [int(pid) for pid in children.stdout.split() if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(victims[0], signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 128 + signal.SIGKILL, output
+    assert f"rank 1 of 2 (process {victims[0]}) was killed by SIGKILL" in output
+    code, output = finish(start(argv, "--ngpus", "2"))
+    assert code == 0, output
+    assert_same_training(tmp_path / "out", undisturbed)
+
+
+@pytest.mark.slow
+def test_torchrun_and_the_launcher_train_alike(arguments: list[str], undisturbed: Path, tmp_path: Path) -> None:
+    argv = with_output(arguments, tmp_path / "launcher")
+    code, output = finish(start(argv, "--ngpus", "2"))
+    assert code == 0, output
+    assert_same_training(tmp_path / "launcher", undisturbed)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["tests.helpers.tiny_training", *with_output(arguments, tmp_path / "torchrun")]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    assert_same_training(tmp_path / "torchrun", undisturbed)
+
+
+@pytest.mark.slow
+def test_one_process_trains_as_without_a_launcher(arguments: list[str], tmp_path: Path) -> None:
+    code, output = finish(start(with_output(arguments, tmp_path / "launcher"), "--ngpus", "1"))
+    assert code == 0, output
+    train(with_output(arguments, tmp_path / "plain"))
+    assert_same_training(tmp_path / "launcher", tmp_path / "plain")
