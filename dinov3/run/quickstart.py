@@ -129,7 +129,7 @@ def draw(output_dir: Path, run: FinishedRun, report: dict[str, Any]) -> None:
         course={int(iteration): accuracy for iteration, accuracy in report["knn_course"].items()},
         chance=report["chance"],
     )
-    queries = run.val.select(run.val.first_of_each_class()[::4])
+    queries = run.val.select(run.val.first_of_each_class()[::2])
     figures.draw_neighbours(
         path["neighbours"],
         queries.files,

@@ -35,14 +35,15 @@ def draw_neighbours(path: Path, queries: Sequence[Path], found: Mapping[str, Seq
     Frames tell whether a neighbour is in the same folder, that is of the same class, as the query.
     """
     n = max(len(rows[0]) for rows in found.values())
-    figure, axes = _grid(len(queries), 1 + (n + 1) * len(found), cell=(0.62, 0.66))
+    # The automatic layout would make a column as wide as the title of its block.
+    figure, axes = _grid(len(queries), 1 + (n + 1) * len(found), cell=(0.62, 0.62), layout=None)
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.01, top=0.93, wspace=0.09, hspace=0.09)
     for line, query in zip(axes, queries, strict=True):
         line[0].imshow(_read(query), interpolation="nearest")
     axes[0, 0].set_title("held out", fontsize=9)
     for block, (name, rows) in enumerate(found.items()):
         first = 2 + block * (n + 1)  # a column stays empty before each block
-        title = axes[0, first].set_title(f"nearest for the {name}", fontsize=9, loc="left")
-        title.set_in_layout(False)  # wider than its column
+        axes[0, first].set_title(f"nearest for the {name}", fontsize=9, loc="left")
         for line, query, images in zip(axes, queries, rows, strict=True):
             for one, image in zip(line[first : first + n], images, strict=True):
                 one.imshow(_read(image), interpolation="nearest")
@@ -193,11 +194,11 @@ def _plots(columns: int, *, size: tuple[float, float], ratios: Sequence[float] |
     return figure, axes
 
 
-def _grid(rows: int, columns: int, *, cell: tuple[float, float]) -> tuple[Any, Any]:
+def _grid(rows: int, columns: int, *, cell: tuple[float, float], layout: str | None = "constrained") -> tuple[Any, Any]:
     """A figure with pictures, without axes; cells in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(cell[0] * columns + 0.3, cell[1] * rows + 0.35), layout="constrained")
+    figure = Figure(figsize=(cell[0] * columns + 0.3, cell[1] * rows + 0.35), layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False)
     for one in axes.flat:
         one.set_xticks([])

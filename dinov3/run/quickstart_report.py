@@ -91,7 +91,7 @@ adds to that: <strong>$gain points</strong>.</p>
 <p>For some held-out pictures, the training pictures whose features are nearest. Green frames: from the right
 folder. Red frames: from another one.</p>
 <figure><img src="$neighbours" alt="Nearest neighbours of held-out pictures">
-<figcaption>The first held-out picture of every fourth folder; nobody picked them.</figcaption></figure>
+<figcaption>The first held-out picture of every second folder; nobody picked them.</figcaption></figure>
 </section>
 
 <section>
