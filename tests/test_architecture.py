@@ -61,7 +61,7 @@ DOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "omegaconf": (("dinov3.configs", "dinov3.eval.config", "dinov3.eval.helpers"), ()),
     "torchvision": (
         ("dinov3.data", "dinov3.eval.segmentation.transforms", "dinov3.eval.depth.transforms"),
-        ("dinov3.hub", "dinov3.eval", "dinov3.train", "dinov3.run"),
+        ("dinov3.hub", "dinov3.eval", "dinov3.train", "dinov3.run", "dinov3.models.foreign"),
     ),
     "torchmetrics": ((), ("dinov3.eval",)),
     "sklearn": ((), ("dinov3.eval", "dinov3.run")),
@@ -74,7 +74,7 @@ DOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tqdm": ((), ("dinov3.logging",)),
     "termcolor": ((), ("dinov3.logging",)),
     "PIL": (("dinov3.data",), ("dinov3.eval", "dinov3.run")),
-    "timm": ((), ()),
+    "timm": ((), ("dinov3.models.foreign",)),
     "transformers": ((), ()),
     "pandas": ((), ()),
 }

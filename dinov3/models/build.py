@@ -11,6 +11,7 @@ from dinov3.checkpointer.weights import load_weights, read_weights
 from dinov3.layers.fp8_linear import convert_linears_to_fp8
 from dinov3.models.backbone import Backbone
 from dinov3.models.convnext import get_convnext_arch
+from dinov3.models.foreign import ForeignBackbone
 from dinov3.models.vision_transformer import get_vit_arch
 from dinov3.utils.device import default_device
 
@@ -55,8 +56,11 @@ def build_backbone(
 
     Raises:
         NotImplementedError: unknown `args.arch`.
+        ValueError: unknown model of timm or torchvision.
     """
     in_chans = getattr(args, "in_chans", 3)
+    if ":" in args.arch:
+        return ForeignBackbone.from_name(args.arch, device)
     if "vit" in args.arch:
         return get_vit_arch(args.arch)(
             **{name: getattr(args, name) for name in _VIT_OPTIONS},
@@ -70,7 +74,9 @@ def build_backbone(
     if "convnext" in args.arch:
         arch = get_convnext_arch(args.arch)
         return arch(patch_size=args.patch_size, drop_path_rate=drop_path_rate, in_chans=in_chans, device=device)
-    raise NotImplementedError(f"unknown architecture {args.arch!r}: its name contains 'vit' or 'convnext'")
+    raise NotImplementedError(
+        f"unknown architecture {args.arch!r}: its name contains 'vit' or 'convnext', or begins with timm: or torchvision:"
+    )
 
 
 def build_model(

@@ -16,37 +16,31 @@ from torch.distributed import ProcessGroup
 
 from dinov3 import distributed
 from dinov3.configs.config import load_teacher_config
-from dinov3.data import DataAugmentationDINO
-from dinov3.fsdp import ac_compile_parallelize, init_weights
+from dinov3.fsdp import init_weights
 from dinov3.loss import DINOLoss, GramLoss, KoLeoLoss, KoLeoLossDistributed, iBOTPatchLoss
 from dinov3.train.gram import (
-    GramLifecycle,
     masked_and_unmasked_gram,
     resize_patch_features,
     select_tokens,
     square_or_crop_grid,
 )
+from dinov3.train.meta_arch import N_GLOBAL_CROPS, MetaArch, Metrics
 from dinov3.train.monitors import collapse_monitors
 from dinov3.train.objectives import dino_pair_scales, loss_weight_schedule, weight_at
-from dinov3.train.param_groups import fuse_params_groups, get_params_groups_with_decay_fsdp
 from dinov3.train.teachers import (
     build_distillation_teacher,
     build_part,
     build_student_and_teacher,
-    fill_with_invalid_values,
     follow,
 )
 from dinov3.train.warm_start import freeze_first_blocks, load_network
 
 logger = logging.getLogger("dinov3")
 
-N_GLOBAL_CROPS = 2
-
 Outputs = dict[str, Tensor]
-Metrics = dict[str, Tensor | float]
 
 
-class SSLMetaArch(nn.Module):
+class SSLMetaArch(MetaArch):
     """The DINOv3 objective: DINO + iBOT + KoLeo, with optional Gram anchoring and distillation.
 
     Sub-modules: `student` (backbone, dino_head, ibot_head), `teacher`, `model_ema` (the same object as `teacher`,
@@ -63,11 +57,7 @@ class SSLMetaArch(nn.Module):
     """
 
     def __init__(self, cfg: Any) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.gram_lifecycle = GramLifecycle.from_config(cfg.gram)
-        self.gram_teacher_initialized = self.gram_lifecycle.ema_teacher
-        self.monitor = False  # whether iterations also return `collapse_monitors`
+        super().__init__(cfg)
 
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
         self.ibot_patch_loss = iBOTPatchLoss(cfg.ibot.head_n_prototypes)
@@ -85,7 +75,6 @@ class SSLMetaArch(nn.Module):
         self.model_ema: nn.ModuleDict = ema
         if cfg.distillation.enabled:
             self.teacher = build_distillation_teacher(cfg, load_teacher_config(cfg.distillation.full_cfg_path))
-        self.gram_teacher: nn.ModuleDict | None = None
         if self.gram_lifecycle.has_own_teacher:
             _, other, _ = build_student_and_teacher(cfg)
             self.gram_teacher = nn.ModuleDict({"backbone": other["backbone"]})
@@ -102,28 +91,6 @@ class SSLMetaArch(nn.Module):
         return KoLeoLoss()
 
     # -- weights ---------------------------------------------------------------------------------------------------
-
-    def prepare_for_distributed_training(self) -> None:
-        """Set up activation checkpointing, compilation and sharding, and put the (still empty) model on its device.
-
-        Afterwards every tensor holds an invalid value until `init_weights` or a checkpoint fills it.
-        """
-        frozen: list[nn.ModuleDict] = [self.model_ema]
-        groups = [distributed.get_process_subgroup()]
-        for extra in (self.gram_teacher, self.teacher if self.teacher is not self.model_ema else None):
-            if extra is not None:
-                frozen.append(extra)
-                groups.append(distributed.get_default_process_group())
-        device = ac_compile_parallelize(
-            self.student,
-            frozen,
-            self.cfg,
-            trained_model_process_group=distributed.get_process_subgroup(),
-            inference_only_models_process_groups=groups,
-        )
-        self.dino_loss.to_empty(device=device)
-        self.ibot_patch_loss.to_empty(device=device)
-        fill_with_invalid_values(self)
 
     def init_weights(self) -> None:
         """Give every network its first weights: random, or from the checkpoints that the configuration names."""
@@ -158,11 +125,6 @@ class SSLMetaArch(nn.Module):
             init_weights(part, partial(build_part, cfg, name), group)
 
     @torch.no_grad()
-    def update_ema(self, m: float) -> None:
-        """Let the EMA teacher follow the student: ema <- m * ema + (1 - m) * student, parameters only."""
-        follow(self.model_ema.parameters(), self.student.parameters(), m)
-
-    @torch.no_grad()
     def update_gram(self, m: float = 0) -> None:
         """Let the Gram teacher follow the EMA teacher: gram <- m * gram + (1 - m) * ema, if there is one."""
         if self.gram_teacher is None:
@@ -181,43 +143,7 @@ class SSLMetaArch(nn.Module):
             mine.copy_(theirs)
         self.gram_teacher_initialized = True
 
-    def train(self, mode: bool = True) -> "SSLMetaArch":
-        """Set the training mode; the teachers stay in evaluation mode (no drop path, no random RoPE augmentation)."""
-        super().train(mode)
-        for frozen in (self.teacher, self.model_ema, self.gram_teacher):
-            if frozen is not None:
-                frozen.eval()
-        return self
-
-    def get_maybe_fused_params_for_submodel(self, m: nn.Module) -> list[dict[str, Any]]:
-        """Optimizer groups of one sub-module of the student, merged where equal if `optim.multi_tensor_optim`."""
-        optim = self.cfg.optim
-        groups = get_params_groups_with_decay_fsdp(
-            model=m,
-            lr_decay_rate=optim.layerwise_decay,
-            patch_embed_lr_mult=optim.patch_embed_lr_mult,
-            dino_head_wd_multiplier=optim.dino_head_wd_multiplier,
-            module_name=next((name for name, part in self.student.items() if part is m), ""),
-        )
-        if not optim.multi_tensor_optim:
-            return groups
-        fused = fuse_params_groups(groups)
-        for group in fused:
-            group["foreach"] = True
-            group["fused"] = True
-        return fused
-
-    def get_params_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups of the whole student: backbone, dino_head, ibot_head, in this order."""
-        return [group for m in self.student.values() for group in self.get_maybe_fused_params_for_submodel(m)]
-
     # -- one iteration -----------------------------------------------------------------------------------------------
-
-    def forward(self, inputs: Any) -> Any:
-        """Not defined: an iteration is `forward_backward`."""
-        raise NotImplementedError(
-            "SSLMetaArch has no forward; call forward_backward(data, teacher_temp=..., iteration=...)"
-        )
 
     def forward_backward(
         self, data: Mapping[str, Any], *, teacher_temp: float, iteration: int = 0, **ignored_kwargs: Any
@@ -488,33 +414,7 @@ class SSLMetaArch(nn.Module):
             metrics |= masked_and_unmasked_gram(self.gram_loss, *patches, masks)
         return weight, loss, metrics
 
-    def backprop_loss(self, loss: Tensor) -> None:
-        """Backward pass of the total loss."""
-        loss.backward()
-
     # -- data and process groups -------------------------------------------------------------------------------------
-
-    def build_data_augmentation_dino(self, cfg: Any) -> DataAugmentationDINO:
-        """The multi-crop augmentation that the `crops` section describes."""
-        crops = cfg.crops
-        # Gram crops cost a decode and a resize each: made only where a Gram teacher looks at them.
-        gram_size = crops.gram_teacher_crops_size if GramLifecycle.from_config(cfg.gram).has_own_teacher else None
-        return DataAugmentationDINO(
-            crops.global_crops_scale,
-            crops.local_crops_scale,
-            crops.local_crops_number,
-            global_crops_size=crops.global_crops_size,
-            local_crops_size=crops.local_crops_size,
-            gram_teacher_crops_size=gram_size,
-            gram_teacher_no_distortions=crops.gram_teacher_no_distortions,
-            local_crops_subset_of_global_crops=crops.localcrops_subset_of_globalcrops,
-            patch_size=cfg.student.patch_size,
-            share_color_jitter=crops.share_color_jitter,
-            horizontal_flips=crops.horizontal_flips,
-            mean=crops.rgb_mean,
-            std=crops.rgb_std,
-            augmentation=crops.get("augmentation", "tensor"),
-        )
 
     @staticmethod
     def broadcast_to_subgroups(tensor: Tensor, over_dim: int, global_batch_size: int | None = None) -> Tensor:
