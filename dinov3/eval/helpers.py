@@ -26,16 +26,25 @@ ConfigT = TypeVar("ConfigT")
 _ALLOW_UNKNOWN_KEYS = "allow_unknown_keys"
 
 
-def run_main(argv: Sequence[str] | None, launcher: Callable[[dict[str, Any]], Any]) -> int:
+def run_main(argv: Sequence[str] | None, launcher: Callable[[dict[str, Any]], Any], config_dataclass: type[Any]) -> int:
     """What `main(argv)` of every evaluation does: parse, set up the job, evaluate, clean up. Returns 0.
+
+    With `--help` it shows how the script is called, and its keys with their defaults, instead.
 
     Args:
         argv: arguments without the program's name; None: those of this process.
         launcher: called with the parsed arguments inside the job (logging, process group, seeds).
+        config_dataclass: the evaluation's configuration.
     """
     from dinov3.run.init import job_context
 
-    eval_args = cli_parser(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        usage = sys.modules[config_dataclass.__module__].__doc__
+        keys = OmegaConf.to_yaml(OmegaConf.structured(config_dataclass))
+        sys.stdout.write(f"{usage}\nKeys and defaults (??? must be given):\n\n{keys}")
+        return 0
+    eval_args = cli_parser(argv)
     with job_context(output_dir=eval_args["output_dir"]):
         launcher(eval_args)
     return 0

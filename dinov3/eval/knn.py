@@ -167,7 +167,7 @@ class KnnModule(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see the module's docstring. Returns 0."""
-    return run_main(argv, benchmark_launcher)
+    return run_main(argv, benchmark_launcher, KnnEvalConfig)
 
 
 def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:

@@ -442,7 +442,7 @@ def _make_loader(dataset: Any, config: TrainConfig, seed: int, done: int) -> Any
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see the module's docstring. Returns 0."""
-    return run_main(argv, benchmark_launcher)
+    return run_main(argv, benchmark_launcher, LinearEvalConfig)
 
 
 def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, Any]:

@@ -230,7 +230,7 @@ class TryResult(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see the module's docstring. Returns 0."""
-    return run_main(argv, benchmark_launcher)
+    return run_main(argv, benchmark_launcher, LogregEvalConfig)
 
 
 def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:

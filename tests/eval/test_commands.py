@@ -125,6 +125,15 @@ def test_all_commands_in_one_directory_alone_and_under_torchrun(training: Path, 
     assert (out / "config.yaml").read_bytes() == config
 
 
+@pytest.mark.parametrize("script", [knn, linear, log_regression])
+def test_help_shows_the_call_and_all_keys(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    name = script.__name__.rpartition(".")[2]
+    assert f"python dinov3/eval/{name}.py output_dir=<OUT>" in shown
+    assert "few_shot:\n  enable: false" in shown
+
+
 def test_unknown_keys_of_the_training_are_errors_unless_allowed(training: Path, tmp_path: Path) -> None:
     config_file = tmp_path / "config.yaml"
     config_file.write_text((training / "out/config.yaml").read_text() + "studnet:\n  arch: vit_base\n")
