@@ -56,7 +56,7 @@ MAX_NON_FINITE_IN_A_ROW = 2
 
 
 class NonFinitePolicy:
-    """Count iterations in a row whose loss is not finite on some rank; too many end the training.
+    """Count iterations in a row whose loss or gradient is not finite on some rank; too many end the training.
 
     Args:
         patience: iterations in a row that are skipped; one more is an error. None: never an error.
@@ -66,25 +66,25 @@ class NonFinitePolicy:
         self.patience = patience
         self.in_a_row = 0
 
-    def skips(self, iteration: int, total_loss: Tensor, metrics: Mapping[str, Any]) -> bool:
+    def skips(self, iteration: int, checked: Tensor, metrics: Mapping[str, Any]) -> bool:
         """Whether to skip the optimizer step, so that weights and moments stay valid.
 
-        Collective over the process subgroup: all ranks decide alike.
+        Collective over the process subgroup: all ranks decide alike, by a scalar of this rank's that is finite if its
+        loss and gradients are.
 
         Raises:
             RuntimeError: the patience is exhausted.
         """
-        finite = [
-            bool(loss.isfinite().all())
-            for loss in distributed.gather_all_tensors(total_loss, group=distributed.get_process_subgroup())
-        ]
+        scalars = distributed.gather_all_tensors(checked, group=distributed.get_process_subgroup())
+        finite = [bool(scalar.isfinite().all()) for scalar in scalars]
         if all(finite):
             self.in_a_row = 0
             return False
         self.in_a_row += 1
         ranks = [rank for rank, fine in enumerate(finite) if not fine]
         values = {name: float(value) for name, value in metrics.items()}
-        message = f"Loss is not finite at iteration {iteration} on ranks {ranks} ({self.in_a_row} in a row): {values}"
+        where = f"iteration {iteration} on ranks {ranks} ({self.in_a_row} in a row)"
+        message = f"Loss or gradient is not finite at {where}: {values}"
         logger.warning("%s; the step is skipped", message)
         nan_logger.warning(message)
         if self.patience is not None and self.in_a_row > self.patience:
@@ -192,8 +192,9 @@ class TrainingRun:
         batch = {**batch, "global_batch_size": self.global_batch_size}
         self.model.monitor = iteration % LOG_PERIOD == 0 or iteration + 1 == self.total_iterations
         total_loss, metrics = self._accumulate(iteration, batch, teacher_temp)
-        metrics |= clip_gradients(self.model.student, self.cfg.optim.clip_grad)
-        if self.non_finite.skips(iteration, total_loss, metrics):
+        norms = clip_gradients(self.model.student, self.cfg.optim.clip_grad)
+        metrics |= norms
+        if self.non_finite.skips(iteration, total_loss + sum(norms.values()), metrics):
             self.keep_for_replay(iteration, batch)
         else:
             self.optimizer.step()
