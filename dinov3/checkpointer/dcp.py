@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -122,12 +123,28 @@ def _numpy_scalars_allowed() -> Iterator[None]:
         yield
 
 
+def _repair_broadcasts_of_torch_2_7() -> None:
+    """Let DCP work in a subgroup: up to 2.7 it broadcasts from rank 0 of the world, which may be outside the group."""
+    if not torch.__version__.startswith("2.7."):
+        return
+
+    def broadcast_object(self: Any, object: Any) -> Any:
+        content = [object]
+        if self.use_dist:
+            dist.broadcast_object_list(content, src=self.global_coordinator_rank, group=self.group)
+        return content[0]
+
+    dcp.utils._DistWrapper.broadcast_object = broadcast_object  # type: ignore[method-assign]
+
+
 @contextlib.contextmanager
 def clear_errors(what: str) -> Iterator[None]:
     """Turn what DCP raises (not an `Exception`) into a RuntimeError that begins with `what`."""
+    _repair_broadcasts_of_torch_2_7()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # DCP of torch 2.7 uses it
             yield
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))

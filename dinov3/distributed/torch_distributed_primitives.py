@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.distributed.torch_distributed_wrapper import get_world_size
@@ -59,8 +58,8 @@ def gather_all_tensors(result: Tensor, group: dist.ProcessGroup | None = None) -
     shapes = _gather_equal(torch.tensor(result.shape, dtype=torch.int64, device=result.device), world_size, group)
     sizes = torch.stack(shapes).tolist() if result.ndim else [[]] * world_size
     largest = [max(axis) for axis in zip(*sizes, strict=True)]
-    padding = [n for have, want in zip(result.shape, largest, strict=True) for n in (want - have, 0)]
-    padded = F.pad(result, padding[::-1]) if any(padding) else result
+    padded = result.new_zeros(largest)
+    padded[tuple(slice(n) for n in result.shape)] = result
     gathered = _gather_equal(padded, world_size, group)
     return [g[tuple(slice(n) for n in size)] for g, size in zip(gathered, sizes, strict=True)]
 

@@ -7,6 +7,7 @@ is the world where nobody did so, and a group of one where there is no process g
 import builtins
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -198,6 +199,10 @@ def disable_distributed() -> None:
     if _state.builtin_print is not None:
         builtins.print = _state.builtin_print
     if is_distributed_enabled():
+        if get_world_size() > 1:
+            # With gloo of torch 2.7, one teardown in four right after a collective waits forever: its thread needs the
+            # interpreter lock, which this one holds while it waits for the thread to end.
+            time.sleep(0.1)
         dist.destroy_process_group()  # with it all subgroups
     for name, value in _state.environment.items():
         if value is None:

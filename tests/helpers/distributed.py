@@ -106,6 +106,7 @@ def _run_rank(
         result = pickle.dumps(fn(*args))
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves early must not close connections that others still use
+            time.sleep(0.1)  # as in dinov3.distributed.disable(): gloo of torch 2.7 may hang otherwise
             dist.destroy_process_group()
         _write(folder / f"result_{rank}", result)
     except BaseException:  # some errors of torch.distributed are no `Exception`; it is reported by the parent
