@@ -171,7 +171,7 @@ def _execution(cfg: Config) -> Iterator[str]:
     yield from (f"{key} must not be negative, got {value}" for key, value in not_negative.items() if value < 0)
 
 
-_META_ARCHITECTURES = ("SSLMetaArch", "MultiDistillationMetaArch")
+_META_ARCHITECTURES = ("SSLMetaArch", "MultiDistillationMetaArch", "FeatureDistillation")
 
 
 def _losses(cfg: Config) -> Iterator[str]:
@@ -341,10 +341,12 @@ def _distillation(cfg: Config) -> Iterator[str]:
     distillation, multi = cfg["distillation"], cfg["multidistillation"]["enabled"]
     if distillation["enabled"]:
         teacher = distillation["full_cfg_path"]
-        if not teacher:
+        if not teacher and cfg["MODEL"]["META_ARCHITECTURE"] != "FeatureDistillation":
             yield "distillation.enabled needs distillation.full_cfg_path, the teacher's configuration file"
         if not distillation["checkpoint_path"]:
             yield "distillation.enabled needs distillation.checkpoint_path, its weights (`ignore`: random ones)"
+    if cfg["MODEL"]["META_ARCHITECTURE"] == "FeatureDistillation":
+        yield from _feature_distillation(cfg)
     if multi and not distillation["enabled"]:
         yield "multidistillation.enabled needs distillation.enabled: the students share a frozen teacher"
     if not multi:
@@ -357,6 +359,18 @@ def _distillation(cfg: Config) -> Iterator[str]:
         yield from DistillationPlan.from_config(cfg).problems()
     except ValueError as error:
         yield str(error)
+
+
+def _feature_distillation(cfg: Config) -> Iterator[str]:
+    if not cfg["distillation"]["enabled"]:
+        yield "MODEL.META_ARCHITECTURE: FeatureDistillation needs distillation.enabled: true"
+    if cfg["gram"]["use_loss"]:
+        yield "MODEL.META_ARCHITECTURE: FeatureDistillation has no Gram loss: set gram.use_loss: false"
+    if cfg["student"]["resume_from_teacher_chkpt"]:
+        yield "MODEL.META_ARCHITECTURE: FeatureDistillation starts its student from student.pretrained_weights"
+    weights = [cfg["distillation"].get(f"{kind}_loss_weight", 1.0) for kind in ("cls", "patch")]
+    if min(weights) < 0 or not any(weights):
+        yield f"distillation.cls_loss_weight and patch_loss_weight must be >= 0 and not both 0, got {weights}"
 
 
 # -- Remarks ----------------------------------------------------------------------------------------------------------

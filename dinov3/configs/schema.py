@@ -39,7 +39,8 @@ class Model:
     """`MODEL`: which training."""
 
     META_ARCHITECTURE: str = "SSLMetaArch"
-    """`SSLMetaArch` (one student) or `MultiDistillationMetaArch` (several students of one frozen teacher)."""
+    """`SSLMetaArch` (one student), `MultiDistillationMetaArch` (several students of one frozen teacher), or
+    `FeatureDistillation` (a student that learns the features of a backbone without heads)."""
 
 
 @dataclass
@@ -302,6 +303,10 @@ class Distillation:
     """The teacher's configuration file, merged over the defaults; relative to the working directory."""
     checkpoint_path: str = ""
     """The teacher's weights, or `ignore`: random ones."""
+    cls_loss_weight: float = ABSENT
+    """`FeatureDistillation`: weight of the loss on class tokens (1)."""
+    patch_loss_weight: float = ABSENT
+    """`FeatureDistillation`: weight of the loss on patch tokens (1)."""
 
 
 @dataclass
@@ -401,7 +406,7 @@ class Crops:
     teacher_to_student_resolution_scale: float = 1.0
     """Distillation: the teacher sees global crops of 1 / this resolution."""
     augmentation: str = ABSENT
-    """Who computes the crops: "tensor", quick (the default); "pil", by Pillow as the released models were trained, equal
+    """Who computes the crops: "tensor", quick (the default); "pil", by Pillow as for the released models, equal
     up to rounding; "device", distortions in batches on the accelerator."""
 
 

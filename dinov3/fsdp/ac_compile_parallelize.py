@@ -30,6 +30,8 @@ def ac_compile_parallelize(
     cfg: Any,
     trained_model_process_group: dist.ProcessGroup | None = None,
     inference_only_models_process_groups: Sequence[dist.ProcessGroup | None] | None = None,
+    *,
+    allow_batchnorms: bool = False,
 ) -> torch.device:
     """Apply activation checkpointing, compilation and sharding in place, then allocate the models on the device.
 
@@ -42,6 +44,7 @@ def ac_compile_parallelize(
         cfg: merged training configuration.
         trained_model_process_group: group over which the trained model is sharded.
         inference_only_models_process_groups: one per inference-only model; None: none is sharded.
+        allow_batchnorms: take models with batch norms in a job of one process; they stay plain modules.
 
     Returns:
         The device on which the models are.
@@ -58,9 +61,11 @@ def ac_compile_parallelize(
         )
     if "backbone" not in trained_model:
         raise ValueError(f"the trained model needs a `backbone`, got {list(trained_model)}")
-    if any(has_batchnorms(model) for model in models):
+    alone = distributed.get_world_size() == 1
+    if any(has_batchnorms(model) for model in models) and not (allow_batchnorms and alone):
         raise NotImplementedError(
             "batch norms are not supported in sharded training; use layer norm (head use_bn=False)"
+            + (", or one process" if allow_batchnorms else "")
         )
 
     device = default_device()
@@ -69,7 +74,8 @@ def ac_compile_parallelize(
     if cfg.train.compile:
         _compile(models, device, cudagraphs=cfg.train.cudagraphs)
     for model, group in zip(models, [trained_model_process_group, *frozen_groups], strict=True):
-        if group is not None and (distributed.get_world_size(group) > 1 or device.type != "cpu"):
+        several = group is not None and (distributed.get_world_size(group) > 1 or device.type != "cpu")
+        if group is not None and several and not has_batchnorms(model):
             _shard(model, group, device, cfg.compute_precision)
         model.to_empty(device=device)
     return device

@@ -12,18 +12,22 @@ from torch.distributed.tensor import DTensor
 
 from dinov3 import distributed
 from dinov3.checkpointer import save_checkpoint
-from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.models.foreign import ForeignBackbone
+from dinov3.train.meta_arch import MetaArch
 
 logger = logging.getLogger("dinov3")
 
 TEACHER_FILE = "teacher_checkpoint.pth"
+FOREIGN_FILE = "library_checkpoint.pth"
+_OWN_MODEL = "backbone.model."
 
 
-def do_test(cfg: Any, model: SSLMetaArch, iteration: str, process_group: Any, do_low_freq: bool = False) -> None:
+def do_test(cfg: Any, model: MetaArch, iteration: str, process_group: Any, do_low_freq: bool = False) -> None:
     """Write the EMA teacher to `<output>/eval/<iteration>/` and, as the newest, to `<output>/teacher_checkpoint.pth`.
 
     The consolidated file is `{"teacher": {"backbone.…", "dino_head.…", "ibot_head.…"}}`; with
-    `train.sharded_eval_checkpoint` the folder holds a sharded checkpoint instead.
+    `train.sharded_eval_checkpoint` the folder holds a sharded checkpoint instead. A student of timm or torchvision is
+    also written under the names of its library, to `library_checkpoint.pth`.
 
     Args:
         cfg: merged configuration.
@@ -50,6 +54,10 @@ def do_test(cfg: Any, model: SSLMetaArch, iteration: str, process_group: Any, do
     else:
         write_atomically({"teacher": teacher}, folder / TEACHER_FILE)
         link_atomically(folder / TEACHER_FILE, newest)
+    if isinstance(model.model_ema["backbone"], ForeignBackbone):
+        own = {key.removeprefix(_OWN_MODEL): value for key, value in teacher.items() if key.startswith(_OWN_MODEL)}
+        write_atomically(own, folder / FOREIGN_FILE)
+        link_atomically(folder / FOREIGN_FILE, output_dir / FOREIGN_FILE)
     logger.info("Exported the teacher to %s and %s", folder, newest)
 
 

@@ -31,6 +31,7 @@ class MetaArch(nn.Module):
     student: nn.ModuleDict
     model_ema: nn.ModuleDict
     teacher: nn.ModuleDict
+    allow_batchnorms = False  # whether networks may have batch norms, which one process alone can train
 
     def __init__(self, cfg: Any) -> None:
         super().__init__()
@@ -78,6 +79,7 @@ class MetaArch(nn.Module):
             self.cfg,
             trained_model_process_group=distributed.get_process_subgroup(),
             inference_only_models_process_groups=groups,
+            allow_batchnorms=self.allow_batchnorms,
         )
         networks = [self.student, *frozen]
         for loss in self.children():

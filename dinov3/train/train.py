@@ -23,8 +23,10 @@ from dinov3.configs.check import check_config
 from dinov3.logging import setup_logging
 from dinov3.run.init import job_context
 from dinov3.train.export import do_test
+from dinov3.train.feature_distillation import FeatureDistillation
 from dinov3.train.loaders import build_data_loader_from_cfg, build_multi_resolution_data_loader_from_cfg
 from dinov3.train.loop import STALL_TIMEOUT_S, do_train
+from dinov3.train.meta_arch import MetaArch
 from dinov3.train.multidist_meta_arch import MultiDistillationMetaArch
 from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer
 from dinov3.train.schedules import build_schedulers, build_schedulers_v2
@@ -49,7 +51,11 @@ logger = logging.getLogger("dinov3")
 torch.backends.cuda.matmul.allow_tf32 = True  # as in the published training
 torch.backends.cudnn.benchmark = False
 
-META_ARCHITECTURES = {"SSLMetaArch": SSLMetaArch, "MultiDistillationMetaArch": MultiDistillationMetaArch}
+META_ARCHITECTURES: dict[str, type[MetaArch]] = {
+    "SSLMetaArch": SSLMetaArch,
+    "MultiDistillationMetaArch": MultiDistillationMetaArch,
+    "FeatureDistillation": FeatureDistillation,
+}
 IGNORED = "accepted for compatibility, without effect"
 
 
@@ -132,7 +138,7 @@ def _run(cfg: Any, args: argparse.Namespace) -> None:
     do_train(cfg, model, resume=resume, stall_timeout_s=args.stall_timeout)
 
 
-def build_meta_arch(cfg: Any, *, multi_distillation: bool) -> SSLMetaArch:
+def build_meta_arch(cfg: Any, *, multi_distillation: bool) -> MetaArch:
     """The meta architecture of the configuration, allocated on its device, its tensors not yet initialised.
 
     Raises:
@@ -150,7 +156,7 @@ def build_meta_arch(cfg: Any, *, multi_distillation: bool) -> SSLMetaArch:
     return model
 
 
-def export_newest(cfg: Any, model: SSLMetaArch) -> None:
+def export_newest(cfg: Any, model: MetaArch) -> None:
     """Export the EMA teacher of the newest checkpoint.
 
     Raises:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from dinov3.checkpointer import init_fsdp_model_from_checkpoint
-from dinov3.checkpointer.weights import LoadReport, read_weights
+from dinov3.checkpointer.weights import LoadReport, load_weights, read_state_dict, read_weights
 from dinov3.hub.registry import BACKBONES
+from dinov3.models.foreign import ForeignBackbone
 from dinov3.train.teachers import HEADS, LOSS_CENTERS, NOT_SHARDED
 
 logger = logging.getLogger("dinov3")
@@ -21,6 +22,7 @@ _WITHOUT_HEADS = {
     "student.resume_from_teacher_chkpt": "student.pretrained_weights starts from a backbone, with fresh heads",
     "distillation.checkpoint_path": "MODEL.META_ARCHITECTURE=FeatureDistillation distils from a backbone alone",
 }
+_OWN_MODEL = "backbone.model."
 _NOT_IN_A_BACKBONE = (*HEADS, *LOSS_CENTERS)
 _TOKENS_AND_EMBEDDINGS = ("patch_embed.", "cls_token", "storage_tokens", "mask_token")
 
@@ -39,6 +41,9 @@ def load_network(network: nn.ModuleDict, source: str, key: str, group: ProcessGr
         FileNotFoundError: there is nothing there.
         ValueError: it isn't this network; says how many tensors match and are missing, and which settings would fit.
     """
+    if isinstance(network["backbone"], ForeignBackbone):
+        _load_foreign(network["backbone"], source, key)
+        return
     skipped = LOSS_CENTERS if HEADS[0] in network else _NOT_IN_A_BACKBONE
     path = resolve(source)
     try:
@@ -47,6 +52,17 @@ def load_network(network: nn.ModuleDict, source: str, key: str, group: ProcessGr
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{key}={source}: {_explain(network, path, key, skipped) or error}") from error
+
+
+def _load_foreign(backbone: ForeignBackbone, source: str, key: str) -> None:
+    """Load a file with the names of the library, or an export of a training with such a student."""
+    state = read_state_dict(source)
+    ours = {name: value for name, value in state.items() if name.startswith(_OWN_MODEL)}
+    state = {name.removeprefix(_OWN_MODEL): value for name, value in (ours or state).items()}
+    try:
+        load_weights(backbone.model, state)
+    except ValueError as error:
+        raise ValueError(f"{key}={source}: {error}") from error
 
 
 def resolve(source: str | os.PathLike[str]) -> str | os.PathLike[str]:

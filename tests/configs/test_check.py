@@ -36,7 +36,7 @@ def check(*opts: str, file: str = "") -> None:
             ["dino.koleo_loss_distributed=true", "dino.koleo_distributed_loss_group_size=100"],
             "must be a multiple of train.batch_size_per_gpu 64",
         ),
-        (["MODEL.META_ARCHITECTURE=Other"], "SSLMetaArch, MultiDistillationMetaArch, got 'Other'"),
+        (["MODEL.META_ARCHITECTURE=Other"], "MultiDistillationMetaArch, FeatureDistillation, got 'Other'"),
         (["crops.global_crops_size=230"], "230 is not a multiple of the patch size 16: take 224 or 240"),
         (["crops.global_crops_size=8"], "8 is not a multiple of the patch size 16: take 16"),
         (["crops.global_crops_size=224", "crops.teacher_to_student_resolution_scale=1.3"], "patch size 20"),
