@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from dinov3.data import (
     make_data_loader,
     make_dataset,
 )
+from dinov3.data.datasets.skipped import SkippedFiles
 from dinov3.data.device_augmentation import DeviceAugmentation, DeviceAugmentedLoader
 from dinov3.data.meta_loaders import choices
 from dinov3.train.ssl_meta_arch import SSLMetaArch
@@ -49,6 +51,8 @@ def build_data_loader_from_cfg(cfg: Any, model: SSLMetaArch, start_iter: int) ->
         transform=augmentation,
         target_transform=_no_target,
     )
+    if isinstance(getattr(dataset, "skipped", None), SkippedFiles):
+        dataset.skipped.move_to(Path(cfg.train.output_dir) / "skipped_files.jsonl")
     sharded = cfg.train.cache_dataset and not isinstance(dataset, IterableDataset)
     loader = make_data_loader(
         dataset=dataset,
@@ -65,11 +69,12 @@ def build_data_loader_from_cfg(cfg: Any, model: SSLMetaArch, start_iter: int) ->
     if augmentation.augmentation != "device":
         return loader
     return DeviceAugmentedLoader(
-        loader, DeviceAugmentation(augmentation, device=default_device(), dtype=_crop_dtype(cfg))
+        loader, DeviceAugmentation(augmentation, device=default_device(), dtype=compute_dtype(cfg))
     )
 
 
-def _crop_dtype(cfg: Any) -> torch.dtype:
+def compute_dtype(cfg: Any) -> torch.dtype:
+    """The dtype of batches, forward and backward on this machine's device."""
     return resolve_compute_dtype(dtype_dict[cfg.compute_precision.param_dtype], default_device())
 
 
@@ -81,7 +86,7 @@ def _build_collate(cfg: Any, local_batch_size: int | None) -> partial[dict[str, 
         collate_data_and_cast,
         mask_ratio_tuple=tuple(cfg.ibot.mask_ratio_min_max),
         mask_probability=cfg.ibot.mask_sample_probability,
-        dtype=_crop_dtype(cfg),
+        dtype=compute_dtype(cfg),
         n_tokens=grid**2,
         mask_generator=MaskingGenerator(
             input_size=(grid, grid), max_num_patches=0.5 * size // patch_size * size // patch_size

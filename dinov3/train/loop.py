@@ -35,15 +35,13 @@ from dinov3.logging import MetricLogger
 from dinov3.logging.sinks import make_sinks
 from dinov3.optim import epochs_to_iterations
 from dinov3.train.export import do_test, write_atomically
-from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg
+from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg, compute_dtype
 from dinov3.train.memory import explain_out_of_memory, memory_by_part
 from dinov3.train.monitors import OnlineKnn
 from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer, clip_gradients, hold_still
 from dinov3.train.resume import RecordedConfig, check_same_student
 from dinov3.train.schedules import build_schedulers
 from dinov3.train.ssl_meta_arch import Metrics, SSLMetaArch
-from dinov3.utils.device import default_device
-from dinov3.utils.dtype import dtype_dict, resolve_compute_dtype
 from dinov3.utils.reproducibility import derived_seed
 
 logger = logging.getLogger("dinov3")
@@ -267,9 +265,7 @@ class TrainingRun:
     def evaluate_online_knn(self) -> float:
         """Top-1 accuracy of the EMA teacher in percent."""
         assert self.online_knn is not None
-        precision = self.cfg.compute_precision.param_dtype
-        dtype = resolve_compute_dtype(dtype_dict[precision], default_device())
-        accuracy = self.online_knn.evaluate(self.model.model_ema["backbone"], dtype)
+        accuracy = self.online_knn.evaluate(self.model.model_ema["backbone"], compute_dtype(self.cfg))
         logger.info("Online k-NN of the EMA teacher: %.2f %%", accuracy)
         return accuracy
 

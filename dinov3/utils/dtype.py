@@ -54,23 +54,16 @@ def as_torch_dtype(spec: Any) -> torch.dtype:
 def resolve_compute_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dtype:
     """The dtype to compute in on `device` when `dtype` is asked for.
 
-    A CPU without bfloat16 (float16) instructions runs such matrix products in a naive loop, over a hundred times
-    slower than float32; there float32 is used instead, with one warning in the log.
+    A CPU computes in float32 instead of bfloat16 or float16, with one warning in the log: few have instructions for
+    these (others are over a hundred times slower with them), and results should not depend on which CPU it is.
     """
     dtype = as_torch_dtype(dtype)
-    if torch.device(device).type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _cpu_computes(dtype):
+    if torch.device(device).type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         _warn_once(dtype)
         return torch.float32
     return dtype
 
 
 @functools.cache
-def _cpu_computes(dtype: torch.dtype) -> bool:
-    query = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    namespace = torch.ops.mkldnn
-    return hasattr(namespace, query) and bool(getattr(namespace, query)())
-
-
-@functools.cache
 def _warn_once(dtype: torch.dtype) -> None:
-    logger.warning("this CPU has no fast %s: computing in float32", str(dtype).removeprefix("torch."))
+    logger.warning("computing in float32: %s is for accelerators", str(dtype).removeprefix("torch."))

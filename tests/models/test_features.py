@@ -7,6 +7,7 @@ from torch import nn
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.features import BackboneLayersSet, FrozenFeatures, layer_indices, pad_to_patches, resize_to_patches
 from dinov3.models.vision_transformer import DinoVisionTransformer
+from dinov3.utils.dtype import as_torch_dtype
 
 
 @pytest.fixture(params=["vit", "convnext"])
@@ -75,7 +76,7 @@ def test_fit(backbone: nn.Module, fit: str, side: int) -> None:
 
 def test_autocast_gives_the_dtype_asked_for(backbone: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randn(1, 3, 32, 32)
-    monkeypatch.setattr("dinov3.utils.dtype._cpu_computes", lambda dtype: True)
+    monkeypatch.setattr("dinov3.models.features.resolve_compute_dtype", lambda dtype, _: as_torch_dtype(dtype))
     seen = []
     next(m for m in backbone.modules() if isinstance(m, nn.Linear)).register_forward_hook(
         lambda module, args, out: seen.append(out.dtype)

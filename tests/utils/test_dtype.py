@@ -38,22 +38,15 @@ def test_as_torch_dtype_refuses_what_it_does_not_know() -> None:
         as_torch_dtype(32)
 
 
-@pytest.fixture
-def slow_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dtype_module, "_cpu_computes", lambda dtype: False)
+def test_half_precision_becomes_float32_on_a_cpu_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     dtype_module._warn_once.cache_clear()
-
-
-@pytest.mark.usefixtures("slow_cpu")
-def test_half_precision_becomes_float32_on_a_slow_cpu_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("dinov3").propagate = True
     with caplog.at_level(logging.WARNING, logger="dinov3"):
         assert resolve_compute_dtype("bf16", "cpu") is torch.float32
         assert resolve_compute_dtype(torch.bfloat16, torch.device("cpu")) is torch.float32
-    assert [record.message for record in caplog.records] == ["this CPU has no fast bfloat16: computing in float32"]
+    assert [record.message for record in caplog.records] == ["computing in float32: bfloat16 is for accelerators"]
 
 
-@pytest.mark.usefixtures("slow_cpu")
 def test_other_dtypes_and_devices_are_kept() -> None:
     assert resolve_compute_dtype("fp32", "cpu") is torch.float32
     assert resolve_compute_dtype(torch.float64, "cpu") is torch.float64
