@@ -34,6 +34,11 @@ class DatasetWithEnumeratedTargets(Dataset[tuple[Any, tuple[int, Any]]]):
         image, target = self._dataset[source]
         return image, (self._reported(index), source if target is None else target)
 
+    @property
+    def skipped(self) -> Any:
+        """The dataset's list of samples that can't be read, None without one."""
+        return getattr(self._dataset, "skipped", None)
+
     def get_target(self, index: int) -> tuple[int, Any]:
         """(index, or -1 for a padding item; the dataset's target)."""
         return self._reported(index), self._dataset.get_target(self._source(index))  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from dinov3 import distributed
+from dinov3.data.datasets.skipped import ReportingIterator, SkippedFiles
 from dinov3.data.registry import build_dataset, entry_of, parse_dataset_str
 from dinov3.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov3.data.seeded import PositionedSampler, SeededCollate, SeededDataset
@@ -133,6 +134,7 @@ def make_data_loader(
             advance=sampler_advance,
             skip=start_iteration * batch_size,
         )
+    skipped = getattr(dataset, "skipped", None)
     generator = None
     if draw_seed is not None:
         key = {"draw_seed": draw_seed, "rank": distributed.get_rank(), "batch_size": batch_size}
@@ -140,7 +142,7 @@ def make_data_loader(
         dataset, collate_fn = SeededDataset(dataset, **key), SeededCollate(collate_fn, **key)
         generator = torch.Generator()  # torch takes the workers' base seed from it, instead of from the global one
     device = default_device()
-    return DataLoader(
+    return _Loader(
         dataset,
         sampler=sampler,
         batch_size=batch_size,
@@ -151,7 +153,20 @@ def make_data_loader(
         collate_fn=collate_fn,
         worker_init_fn=worker_init_fn,
         generator=generator,
+        skipped=skipped if distributed.is_main_process() else None,
     )
+
+
+class _Loader(DataLoader[Any]):
+    """A loader that logs which samples its dataset skipped."""
+
+    def __init__(self, *args: Any, skipped: SkippedFiles | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skipped = skipped
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        return batches if self.skipped is None else ReportingIterator(batches, self.skipped)
 
 
 def _make_sampler(

@@ -1,21 +1,38 @@
 """Dataset strings: `Name[:key=value]*`, and the datasets they can name.
 
-A value that holds `:` or `=` is put in double quotes: `ImageFolder:root="C:/my images"`. A class of your own gets a
-name with `register_dataset`.
+A value that holds `:` or `=` is put in double quotes: `ImageFolder:root="C:/my images"`.
+
+A class of your own is named by its module, `my.module:MyDataset:root=/data`, or by a name that `register_dataset` gives
+it. It is called with the keys of the string and with `transform`, `target_transform` and `transforms`; its items are
+(image, target). The text of a key is converted to the type that the constructor annotates: `int`, `float`, `bool`.
 """
 
 import difflib
+import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from dinov3.data.datasets import ADE20K, NYU, CocoCaptions, ImageFolder, ImageNet, ImageNet22k
+from dinov3.data.datasets import (
+    ADE20K,
+    NYU,
+    CocoCaptions,
+    HuggingFaceDataset,
+    ImageFolder,
+    ImageList,
+    ImageNet,
+    ImageNet22k,
+    WebDataset,
+)
 
 # Accepted in every string, as in the published code; `DatasetEntry.check` tells whether the dataset takes them.
 _COMMON_KEYS = ("root", "extra", "split")
+_TRANSFORMS = ("transform", "target_transform", "transforms")
 _PART = re.compile(r'(?:[^":]|"[^"]*")+')
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _QUOTED = re.compile(r'"[^"]*"')
 
 
@@ -25,17 +42,26 @@ class DatasetEntry:
 
     Attributes:
         build: the class, called with the keys as keyword arguments (and the transforms).
-        keys: the keys it takes.
+        keys: the keys it takes; None: any.
         required: those that must be given.
         split: enumeration whose member names are the values of `split`; None: `split` is passed on as text.
         converters: key -> function of its text, for values that aren't text.
     """
 
     build: Callable[..., Any]
-    keys: tuple[str, ...]
+    keys: tuple[str, ...] | None
     required: tuple[str, ...]
     split: type[Enum] | None = None
     converters: dict[str, Callable[[str], Any]] = field(default_factory=dict)
+
+
+# What every `ImageCollection` takes.
+_COLLECTION_KEYS = ("on_error", "channels", "max_value")
+_COLLECTION_TYPES: dict[str, Callable[[str], Any]] = {"channels": int, "max_value": float}
+
+
+def _collection(build: Callable[..., Any], *keys: str, required: str = "root") -> DatasetEntry:
+    return DatasetEntry(build, (*keys, *_COLLECTION_KEYS), (required,), converters=_COLLECTION_TYPES)
 
 
 _REGISTRY: dict[str, DatasetEntry] = {
@@ -44,7 +70,10 @@ _REGISTRY: dict[str, DatasetEntry] = {
     "ADE20K": DatasetEntry(ADE20K, ("split", "root"), ("split", "root"), ADE20K.Split),
     "NYU": DatasetEntry(NYU, ("split", "root"), ("split", "root"), NYU.Split),
     "CocoCaptions": DatasetEntry(CocoCaptions, ("split", "root"), ("split", "root"), CocoCaptions.Split),
-    "ImageFolder": DatasetEntry(ImageFolder, ("root", "split", "on_error", "index_cache"), ("root",)),
+    "ImageFolder": _collection(ImageFolder, "root", "split", "index_cache"),
+    "ImageList": _collection(ImageList, "file", "root", "image_column", "label_column", required="file"),
+    "WebDataset": _collection(WebDataset, "root", "label", "index_cache"),
+    "HuggingFace": _collection(HuggingFaceDataset, "root", "split", "image_column", "label_column"),
 }
 
 
@@ -89,17 +118,11 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
         AssertionError: unknown key (the exception type is contract).
         KeyError: unknown split.
     """
-    name, *parts = _split_outside_quotes(dataset_str)
-    if name not in _REGISTRY:
-        raise ValueError(
-            f"unknown dataset {name!r} in {dataset_str!r}{_nearest(name, _REGISTRY)}; "
-            f"known datasets: {', '.join(_REGISTRY)}"
-        )
-    entry = _REGISTRY[name]
+    name, entry, parts = _find_entry(dataset_str)
     kwargs: dict[str, Any] = {}
     for part in parts:
         key, value = _key_and_value(part, dataset_str)
-        if key not in entry.keys and key not in _COMMON_KEYS:
+        if entry.keys is not None and key not in entry.keys and key not in _COMMON_KEYS:
             raise AssertionError(
                 f"unknown key {key!r} in {dataset_str!r}{_nearest(key, entry.keys)}; "
                 f"keys of {name}: {', '.join(entry.keys)}"
@@ -119,9 +142,10 @@ def build_dataset(dataset_str: str, **transforms: Any) -> Any:
         TypeError: the dataset doesn't take a key, or needs one that isn't there; besides those of `parse_dataset_str`.
     """
     name, kwargs = parse_dataset_str(dataset_str)
-    entry = _REGISTRY[name]
-    if unused := [key for key in kwargs if key not in entry.keys]:
-        raise TypeError(f"dataset {name} has no {unused[0]!r} (in {dataset_str!r}); its keys: {', '.join(entry.keys)}")
+    entry = entry_of(name)
+    if unused := [key for key in kwargs if entry.keys is not None and key not in entry.keys]:
+        keys = ", ".join(entry.keys or ())
+        raise TypeError(f"dataset {name} has no {unused[0]!r} (in {dataset_str!r}); its keys: {keys}")
     if missing := [key for key in entry.required if key not in kwargs]:
         example = ":".join([name, *(f"{key}=<{key.upper()}>" for key in entry.required)])
         raise TypeError(f"dataset {name} needs {' and '.join(missing)} (in {dataset_str!r}): write {example}")
@@ -129,8 +153,61 @@ def build_dataset(dataset_str: str, **transforms: Any) -> Any:
 
 
 def entry_of(name: str) -> DatasetEntry:
-    """The entry of a known name."""
-    return _REGISTRY[name]
+    """The entry of a known name, or of `module:Class`."""
+    return _REGISTRY[name] if name in _REGISTRY else _entry_of_class(*name.split(":"))
+
+
+def _find_entry(dataset_str: str) -> tuple[str, DatasetEntry, list[str]]:
+    """Name, entry, and the parts after the name."""
+    name, *parts = _split_outside_quotes(dataset_str)
+    if name in _REGISTRY:
+        return name, _REGISTRY[name], parts
+    if parts and parts[0].isidentifier() and _MODULE.fullmatch(name):
+        return f"{name}:{parts[0]}", _entry_of_class(name, parts[0]), parts[1:]
+    raise ValueError(
+        f"unknown dataset {name!r} in {dataset_str!r}{_nearest(name, _REGISTRY)}; "
+        f"known datasets: {', '.join(_REGISTRY)}; a class of your own is <module>:<Class>"
+    )
+
+
+def _entry_of_class(module: str, name: str) -> DatasetEntry:
+    """The entry of a class that isn't registered, from the signature of its constructor."""
+    try:
+        build = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that the module itself needs
+        raise ValueError(
+            f"unknown dataset {f'{module}:{name}'!r}{_nearest(module, _REGISTRY)}: there is no module {module!r} on "
+            f"PYTHONPATH, and the known datasets are {', '.join(_REGISTRY)}"
+        ) from error
+    if not callable(build):
+        raise ValueError(f"unknown dataset {f'{module}:{name}'!r}: module {module!r} has no class {name!r}")
+    parameters = inspect.signature(build).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in _TRANSFORMS]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return DatasetEntry(
+        build,
+        keys=None if takes_any else tuple(p.name for p in named),
+        required=tuple(p.name for p in named if p.default is p.empty),
+        converters={p.name: convert for p in named if (convert := _converter(p.annotation)) is not None},
+    )
+
+
+def _converter(annotation: Any) -> Callable[[str], Any] | None:
+    """From text to what a parameter is annotated with; optional types count as what they hold."""
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    kinds = {kind.strip() for kind in text.split("|")} - {"None"}
+    return _CONVERTERS.get(kinds.pop()) if len(kinds) == 1 else None
+
+
+def _as_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+_CONVERTERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _as_bool}
 
 
 def _split_outside_quotes(dataset_str: str) -> list[str]:
@@ -162,7 +239,10 @@ def _convert(name: str, entry: DatasetEntry, key: str, value: str) -> Any:
                 f"unknown split {value!r} of {name}{_nearest(value.upper(), members)}; splits: {', '.join(members)}"
             )
         return members[value]
-    return entry.converters.get(key, str)(value)
+    try:
+        return entry.converters.get(key, str)(value)
+    except ValueError as error:
+        raise ValueError(f"{key}={value} of dataset {name}: {error}") from error
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

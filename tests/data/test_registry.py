@@ -37,7 +37,11 @@ def test_quotes_keep_colons_and_equal_signs(text: str, root: str) -> None:
         ("Zebra", ValueError, "unknown dataset 'Zebra' in 'Zebra'; known datasets: ImageNet, "),
         ("", ValueError, "unknown dataset ''"),
         ("ImageNet:rot=/a", AssertionError, r"unknown key 'rot'.*did you mean 'root'\?.*keys of ImageNet: split, root"),
-        ("ImageFolder:colour=red", AssertionError, "unknown key 'colour'.*keys of ImageFolder: root, split, on_error"),
+        (
+            "ImageFolder:colour=red",
+            AssertionError,
+            "unknown key 'colour'.*of ImageFolder: root, split, index_cache",
+        ),
         ("NYU:split=TRIAN", KeyError, r"unknown split 'TRIAN' of NYU \(did you mean 'TRAIN'\?\); splits: TRAIN, VAL"),
         ("NYU:split=train", KeyError, "did you mean 'TRAIN'"),
         ("NYU:split", ValueError, "'split' in 'NYU:split' must be key=value"),
@@ -110,3 +114,51 @@ def test_registering_refuses_what_could_not_be_used(name: str, options: dict[str
 def test_datasets_refuse_a_missing_root_by_name() -> None:
     with pytest.raises(ValueError, match="ADE20K needs root"):
         ADE20K(split=ADE20K.Split.TRAIN)
+
+
+class Numbers:
+    """A user's dataset, named by its module."""
+
+    def __init__(
+        self,
+        root: str,
+        n: int = 3,
+        *,
+        half: "float | None" = None,
+        odd: bool = False,
+        transform: Any = None,
+        target_transform: Any = None,
+        transforms: Any = None,
+    ) -> None:
+        self.arguments = (root, n, half, odd)
+        self.transform = transform
+
+
+class TakesAnything:
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+
+def test_a_class_is_named_by_its_module() -> None:
+    dataset = make_dataset(dataset_str=f'{__name__}:Numbers:root="/a:b":n=7:half=0.5:odd=true', transform=str.upper)
+    assert dataset.arguments == ("/a:b", 7, 0.5, True)
+    assert dataset.transform is str.upper
+    assert _parse_dataset_str(f"{__name__}:Numbers:root=/a") == (Numbers, {"root": "/a"})
+    assert make_dataset(dataset_str=f"{__name__}:TakesAnything:colour=red").options["colour"] == "red"
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("tests.data.nothing:Numbers:root=/a", ValueError, "there is no module 'tests.data.nothing'"),
+        (f"{__name__}:Numbrs:root=/a", ValueError, "has no class 'Numbrs'"),
+        (f"{__name__}:Numbers:rot=/a", AssertionError, r"unknown key 'rot'.*did you mean 'root'\?.*root, n, half, odd"),
+        (f"{__name__}:Numbers:n=3", TypeError, "Numbers needs root"),
+        (f"{__name__}:Numbers:root=/a:n=many", ValueError, "n=many of dataset .*Numbers: invalid literal"),
+        (f"{__name__}:Numbers:root=/a:odd=1", ValueError, "odd=1 of dataset .*: expected true or false"),
+        ("Zebra:Crossing", ValueError, "unknown dataset 'Zebra:Crossing'.*known datasets are ImageNet"),
+    ],
+)
+def test_mistakes_in_classes_of_users_are_explained(text: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_dataset(dataset_str=text)

@@ -2,9 +2,22 @@
 
 from dinov3.data.datasets.ade20k import ADE20K
 from dinov3.data.datasets.coco_captions import CocoCaptions
+from dinov3.data.datasets.hugging_face import HuggingFaceDataset
 from dinov3.data.datasets.image_folder import ImageFolder
+from dinov3.data.datasets.image_list import ImageList
 from dinov3.data.datasets.image_net import ImageNet
 from dinov3.data.datasets.image_net_22k import ImageNet22k
 from dinov3.data.datasets.nyu import NYU
+from dinov3.data.datasets.web_dataset import WebDataset
 
-__all__ = ["ADE20K", "NYU", "CocoCaptions", "ImageFolder", "ImageNet", "ImageNet22k"]
+__all__ = [
+    "ADE20K",
+    "NYU",
+    "CocoCaptions",
+    "HuggingFaceDataset",
+    "ImageFolder",
+    "ImageList",
+    "ImageNet",
+    "ImageNet22k",
+    "WebDataset",
+]

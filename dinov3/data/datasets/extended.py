@@ -4,12 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torchvision.datasets import VisionDataset
 
 from dinov3.data.datasets.decoders import (
     Decoder,
-    EncodedImage,
     ImageDataDecoder,
     TargetDecoder,
     UndecodableImageError,
@@ -35,8 +33,8 @@ class ExtendedVisionDataset(VisionDataset):
 
     def __init__(
         self,
-        image_decoder: type[Decoder] = ImageDataDecoder,
-        target_decoder: type[Decoder] = TargetDecoder,
+        image_decoder: Callable[[Any], Decoder] = ImageDataDecoder,
+        target_decoder: Callable[[Any], Decoder] = TargetDecoder,
         root: str | Path | None = None,
         transforms: Callable[..., Any] | None = None,
         transform: Callable[..., Any] | None = None,
@@ -62,7 +60,7 @@ class ExtendedVisionDataset(VisionDataset):
     def __len__(self) -> int:
         raise NotImplementedError(f"{type(self).__name__} does not define __len__")
 
-    def decode_image(self, index: int) -> Image.Image:
+    def decode_image(self, index: int) -> Any:
         """The decoded image of a sample.
 
         Raises:
@@ -83,7 +81,7 @@ class ExtendedVisionDataset(VisionDataset):
         except UndecodableImageError as error:
             raise _unreadable(index) from _reason(error)
 
-    def _image_for_transform(self, index: int) -> Image.Image | EncodedImage:
+    def _image_for_transform(self, index: int) -> Any:
         """The image as the transform takes it."""
         if not getattr(self.transform, "takes_encoded", False):
             return self.decode_image(index)

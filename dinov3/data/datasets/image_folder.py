@@ -1,47 +1,40 @@
 """Any folder of images, without metadata files.
 
-Owns how a folder is read: which files count, where labels come from, what happens to a file that can't be decoded. The
-list of files is kept in `index_cache.py`.
+Owns how a folder is read: which files count, where labels come from. The list of files is kept in `index_cache.py`.
 """
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinov3.data.datasets.decoders import TargetDecoder, UprightImageDataDecoder
-from dinov3.data.datasets.extended import ExtendedVisionDataset, UnreadableSampleError
-from dinov3.data.datasets.index_cache import FolderIndex, load_or_build_index
+from dinov3.data.datasets.collection import ImageCollection
+from dinov3.data.datasets.index_cache import SUFFIXES, FolderIndex, load_or_build_index
 
 logger = logging.getLogger("dinov3")
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
-_MAX_REPLACEMENTS = 1000
 
 
-class ImageFolder(ExtendedVisionDataset):
+class ImageFolder(ImageCollection):
     """All images below a folder, in the order of their paths.
 
     Labels are the first-level folders, sorted by name. With no sub-folders, or with images beside them, there are no
     labels: targets are None.
 
-    Photographs are turned upright by their EXIF orientation. A file that can't be decoded is replaced by the next one
-    that can (image and target), with a warning that counts them; `unreadable` lists them.
-
     Args:
         root: the folder.
         split: name of a sub-folder to use instead (`train`, `val`, ...; upper case is taken as lower case if only
             that exists).
-        on_error: "skip" (as above) or "raise".
         index_cache: folder for the cached list of files, "off" for none; None: see `index_cache.py`.
-        transforms, transform, target_transform: as for torchvision's datasets.
+        on_error, channels, max_value, transforms, transform, target_transform: see `ImageCollection`. With `channels`,
+            `.npy` files count as well.
 
     Raises:
         FileNotFoundError: the folder doesn't exist.
-        ValueError: it holds no image, or an unknown `on_error`.
+        ValueError: it holds no image.
     """
 
     def __init__(
@@ -49,31 +42,29 @@ class ImageFolder(ExtendedVisionDataset):
         *,
         root: str | Path,
         split: str | None = None,
-        on_error: str = "skip",
         index_cache: str | Path | None = None,
+        on_error: str = "skip",
+        channels: int | None = None,
+        max_value: float | None = None,
         transforms: Callable[..., Any] | None = None,
         transform: Callable[..., Any] | None = None,
         target_transform: Callable[..., Any] | None = None,
     ) -> None:
-        if on_error not in ("skip", "raise"):
-            raise ValueError(f"ImageFolder: on_error must be 'skip' or 'raise', got {on_error!r}")
         super().__init__(
-            image_decoder=UprightImageDataDecoder,
-            target_decoder=TargetDecoder,
             root=root,
+            on_error=on_error,
+            channels=channels,
+            max_value=max_value,
             transforms=transforms,
             transform=transform,
             target_transform=target_transform,
         )
         self.split = split
-        self.on_error = on_error
-        self.unreadable: dict[str, str] = {}
         self._folder = _choose_folder(Path(root).expanduser(), split)
-        self._index = load_or_build_index(self._folder, index_cache)
+        suffixes = SUFFIXES if channels is None else (*SUFFIXES, ".npy")
+        self._index = load_or_build_index(self._folder, index_cache, suffixes)
         if len(self._index) == 0:
-            raise ValueError(
-                f"ImageFolder: no image below {self._folder} (looked for {FolderIndex.describe_suffixes()})"
-            )
+            raise ValueError(f"ImageFolder: no image below {self._folder} (looked for {', '.join(suffixes)})")
         self._class_names = _class_names(self._index, self._folder, warn_of_splits=split is None)
         logger.info(
             f"ImageFolder: {len(self)} images below {self._folder}, "
@@ -105,33 +96,12 @@ class ImageFolder(ExtendedVisionDataset):
         """Path of a sample below the folder (of the split)."""
         return self._index.path(index)
 
+    def _place(self, index: int) -> str:
+        return str(self._folder / self._index.path(index))
+
     def get_image_data(self, index: int) -> bytes:
         """The encoded image of a sample."""
         return (self._folder / self._index.path(index)).read_bytes()
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range: the dataset has {len(self)} images")
-        first = index % len(self)
-        n_tries = min(len(self), _MAX_REPLACEMENTS)
-        for candidate in range(first, first + n_tries):
-            candidate %= len(self)
-            try:
-                return super().__getitem__(candidate)
-            except UnreadableSampleError as error:
-                if self.on_error == "raise":
-                    raise RuntimeError(f"can not read {self._folder / self._index.path(candidate)}") from error
-                self._report(candidate, error)
-        raise RuntimeError(f"ImageFolder: none of {n_tries} images from {self._index.path(first)} on can be decoded")
-
-    def _report(self, index: int, error: UnreadableSampleError) -> None:
-        path = self._index.path(index)
-        if path not in self.unreadable:
-            self.unreadable[path] = repr(error.__cause__)
-            logger.warning(
-                f"ImageFolder: {self._folder / path} can't be decoded, another image takes its place: "
-                f"{error.__cause__!r} ({len(self.unreadable)} so far in process {os.getpid()})"
-            )
 
 
 def _choose_folder(root: Path, split: str | None) -> Path:

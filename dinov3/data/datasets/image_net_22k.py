@@ -1,11 +1,9 @@
 """ImageNet-22k as one tar archive per class, read in place through memory maps."""
 
 import gzip
-import mmap
 import re
 import tarfile
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from dinov3.data.datasets.decoders import ImageDataDecoder, TargetDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 from dinov3.data.datasets.file_lists import require_root
+from dinov3.data.datasets.memory_maps import MemoryMaps
 
 _BLOCK = 512
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -63,7 +62,7 @@ class ImageNet22k(ExtendedVisionDataset):
         if extra is None:
             raise ValueError("ImageNet22k needs extra, the folder of its index files (see ImageNet22k.dump_extra)")
         self._extra = Path(extra).expanduser()
-        self._archives = _ArchiveCache(Path(self.root), mmap_cache_size)
+        self._archives = MemoryMaps(mmap_cache_size)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -77,7 +76,7 @@ class ImageNet22k(ExtendedVisionDataset):
     def get_image_data(self, index: int) -> bytes:
         """The encoded image of a sample, with the archive's zero padding at its end."""
         entry = self._entries[index]
-        archive = self._archives[str(entry["class_id"])]
+        archive = self._archives[Path(self.root) / f"{entry['class_id']}.tar"]
         data = archive[int(entry["start_offset"]) + _BLOCK : int(entry["end_offset"])]
         return gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data
 
@@ -138,28 +137,6 @@ class ImageNet22k(ExtendedVisionDataset):
         np.save(self._extra / "class-ids.npy", np.array(class_ids))
         for name in ("_entries", "_class_ids"):  # read anew what has just changed
             self.__dict__.pop(name, None)
-
-
-class _ArchiveCache:
-    """Memory maps of the archives used last. What falls out is closed; a copy for another process starts empty."""
-
-    def __init__(self, root: Path, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"ImageNet22k: mmap_cache_size must be at least 1, got {size}")
-        self._root, self._size = root, size
-        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
-
-    def __getitem__(self, class_id: str) -> mmap.mmap:
-        if class_id not in self._maps:
-            with (self._root / f"{class_id}.tar").open("rb") as file:
-                self._maps[class_id] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if len(self._maps) > self._size:
-                self._maps.popitem(last=False)[1].close()
-        self._maps.move_to_end(class_id)
-        return self._maps[class_id]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": OrderedDict()}
 
 
 def _members_from_log(path: Path) -> Iterator[_Member]:

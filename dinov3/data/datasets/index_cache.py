@@ -5,7 +5,7 @@ when a file is added, removed or renamed. So a listing of a million files costs 
 
 Caches are NumPy files (no pickle), one per folder, in `$DINOV3_CACHE/image_folder`, by default
 `$XDG_CACHE_HOME/dinov3/image_folder` or `~/.cache/dinov3/image_folder`. Where that can't be written, lists are made
-anew.
+anew. Indices of tar shards (`web_dataset.py`) lie beside them.
 """
 
 import hashlib
@@ -63,40 +63,39 @@ class FolderIndex:
         start = int(self.ends[index - 1]) if index else 0
         return os.fsdecode(self.names[start : int(self.ends[index])])
 
-    @staticmethod
-    def describe_suffixes() -> str:
-        """The endings that make a file an image, for messages."""
-        return ", ".join(SUFFIXES)
 
-
-def load_or_build_index(folder: Path, cache: str | Path | None = None) -> FolderIndex:
+def load_or_build_index(
+    folder: Path, cache: str | Path | None = None, suffixes: tuple[str, ...] = SUFFIXES
+) -> FolderIndex:
     """The images below `folder`, from the cache if that is still valid.
 
     Args:
         folder: an existing folder.
         cache: folder of the cache, "off" for none; None: the default place.
+        suffixes: what the names of images end in, in lower case.
     """
     folder = folder.resolve()
     if cache == "off":
-        return _scan(folder)[0]
-    cache_folder = default_cache_folder() if cache is None else Path(cache).expanduser()
-    file = cache_folder / (hashlib.sha256(os.fsencode(folder)).hexdigest()[:32] + ".npz")
+        return _scan(folder, suffixes)[0]
+    identity = os.fsencode(folder) + ("" if suffixes == SUFFIXES else "\0".join(suffixes)).encode()
+    kept_in = cache_folder("image_folder") if cache is None else Path(cache).expanduser()
+    file = kept_in / (hashlib.sha256(identity).hexdigest()[:32] + ".npz")
     index = _read(file, folder)
     if index is None:
-        index, folders = _scan(folder)
+        index, folders = _scan(folder, suffixes)
         _write(file, index, folders)
     return index
 
 
-def default_cache_folder() -> Path:
-    """Where lists are kept by default."""
+def cache_folder(kind: str) -> Path:
+    """Where indices of that kind are kept by default."""
     if own := os.environ.get("DINOV3_CACHE"):
-        return Path(own).expanduser() / "image_folder"
+        return Path(own).expanduser() / kind
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "dinov3" / "image_folder"
+    return Path(base).expanduser() / "dinov3" / kind
 
 
-def _scan(folder: Path) -> tuple[FolderIndex, dict[str, int]]:
+def _scan(folder: Path, suffixes: tuple[str, ...]) -> tuple[FolderIndex, dict[str, int]]:
     """The images below `folder`, and the modification time [ns] of each folder seen, by relative path.
 
     Hidden files and folders (`._photo.jpg`, `.thumbnails`) don't count. Links are followed, each folder is listed once.
@@ -119,7 +118,7 @@ def _scan(folder: Path) -> tuple[FolderIndex, dict[str, int]]:
                     continue
                 if entry.is_dir():
                     pending.append(path)
-                elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                elif entry.name.lower().endswith(suffixes) and entry.is_file():
                     paths.append(os.fsencode(path))
     return _make_index(sorted(paths)), modified
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dinov3.data.datasets import index_cache
-from dinov3.data.datasets.index_cache import default_cache_folder, load_or_build_index
+from dinov3.data.datasets.index_cache import cache_folder, load_or_build_index
 from tests.helpers.images import write_image_folder
 
 
@@ -24,7 +24,7 @@ def settle(folder: Path) -> None:
         os.utime(path, (time.time() - 60,) * 2)
 
 
-def refuse_to_scan(folder: Path) -> None:
+def refuse_to_scan(folder: Path, suffixes: tuple[str, ...]) -> None:
     raise AssertionError("the folder was listed again")
 
 
@@ -101,9 +101,9 @@ def test_the_cache_can_be_switched_off_or_put_elsewhere(images: Path, tmp_path: 
 
 def test_the_default_place_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DINOV3_CACHE", "/a")
-    assert default_cache_folder() == Path("/a/image_folder")
+    assert cache_folder("image_folder") == Path("/a/image_folder")
     monkeypatch.delenv("DINOV3_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert default_cache_folder() == Path("/b/dinov3/image_folder")
+    assert cache_folder("image_folder") == Path("/b/dinov3/image_folder")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache_folder() == Path.home() / ".cache/dinov3/image_folder"
+    assert cache_folder("image_folder") == Path.home() / ".cache/dinov3/image_folder"
