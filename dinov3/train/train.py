@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,17 @@ import torch
 
 from dinov3 import distributed
 from dinov3.checkpointer import find_latest_checkpoint, load_checkpoint
-from dinov3.configs import exit_job, setup_config, setup_multidistillation
+from dinov3.configs import (
+    apply_scaling_rules_to_cfg,
+    exit_job,
+    get_cfg_from_args,
+    setup_config,
+    setup_multidistillation,
+)
 from dinov3.configs.check import check_config
 from dinov3.logging import setup_logging
 from dinov3.run.init import job_context
+from dinov3.train.dry_run import dry_run
 from dinov3.train.export import do_test
 from dinov3.train.feature_distillation import FeatureDistillation
 from dinov3.train.loaders import build_data_loader_from_cfg, build_multi_resolution_data_loader_from_cfg
@@ -83,6 +91,12 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         "--allow-unknown-keys", action="store_true", help="warn of unknown config keys instead of stopping"
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run two steps on synthetic images; tell parameters, memory, speed, schedule, what is read and written",
+    )
+    parser.add_argument("--find-batch", action="store_true", help="a dry run that also finds the largest batch")
+    parser.add_argument(
         "--stall-timeout",
         type=float,
         default=STALL_TIMEOUT_S,
@@ -112,6 +126,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says (None: the process's own)."""
     args = parse_args(argv)
+    if args.dry_run or args.find_batch:
+        with job_context(seed=args.seed):
+            cfg = apply_scaling_rules_to_cfg(get_cfg_from_args(args, strict=False))
+            check_config(cfg)
+            dry_run(cfg, args, partial(build_meta_arch, multi_distillation=False))
+        return
     if args.multi_distillation:
         cfg = setup_multidistillation(args)
         try:
