@@ -25,6 +25,12 @@ from dinov3.data.datasets import (
     ImageList,
     ImageNet,
     ImageNet22k,
+    ImageNetC,
+    ImageNetReaL,
+    ImageNetSketch,
+    ImageNetSubset,
+    ImageNetV2,
+    ObjectNet,
     WebDataset,
 )
 
@@ -64,6 +70,17 @@ def _collection(build: Callable[..., Any], *keys: str, required: str = "root") -
     return DatasetEntry(build, (*keys, *_COLLECTION_KEYS), (required,), converters=_COLLECTION_TYPES)
 
 
+def _test_set(build: Callable[..., Any], *keys: str) -> DatasetEntry:
+    converters: dict[str, Callable[[str], Any]] = {"restrict": _as_bool, "border": int}
+    return DatasetEntry(build, ("root", *keys, "index_cache", "on_error"), ("root",), converters=converters)
+
+
+def _as_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
 _REGISTRY: dict[str, DatasetEntry] = {
     "ImageNet": DatasetEntry(ImageNet, ("split", "root", "extra"), ("split", "root", "extra"), ImageNet.Split),
     "ImageNet22k": DatasetEntry(ImageNet22k, ("root", "extra"), ("root", "extra")),
@@ -74,6 +91,13 @@ _REGISTRY: dict[str, DatasetEntry] = {
     "ImageList": _collection(ImageList, "file", "root", "image_column", "label_column", required="file"),
     "WebDataset": _collection(WebDataset, "root", "label", "index_cache"),
     "HuggingFace": _collection(HuggingFaceDataset, "root", "split", "image_column", "label_column"),
+    "ImageNetReaL": _test_set(ImageNetReaL, "real"),
+    "ImageNetV2": _test_set(ImageNetV2),
+    "ImageNetA": _test_set(ImageNetSubset, "labels", "restrict"),
+    "ImageNetR": _test_set(ImageNetSubset, "labels", "restrict"),
+    "ImageNetSketch": _test_set(ImageNetSketch, "labels"),
+    "ImageNetC": _test_set(ImageNetC, "labels"),
+    "ObjectNet": _test_set(ObjectNet, "restrict", "border"),
 }
 
 
@@ -199,12 +223,6 @@ def _converter(annotation: Any) -> Callable[[str], Any] | None:
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
     kinds = {kind.strip() for kind in text.split("|")} - {"None"}
     return _CONVERTERS.get(kinds.pop()) if len(kinds) == 1 else None
-
-
-def _as_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"
 
 
 _CONVERTERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _as_bool}

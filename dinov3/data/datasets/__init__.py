@@ -7,6 +7,14 @@ from dinov3.data.datasets.image_folder import ImageFolder
 from dinov3.data.datasets.image_list import ImageList
 from dinov3.data.datasets.image_net import ImageNet
 from dinov3.data.datasets.image_net_22k import ImageNet22k
+from dinov3.data.datasets.image_net_variants import (
+    ImageNetC,
+    ImageNetReaL,
+    ImageNetSketch,
+    ImageNetSubset,
+    ImageNetV2,
+    ObjectNet,
+)
 from dinov3.data.datasets.nyu import NYU
 from dinov3.data.datasets.web_dataset import WebDataset
 
@@ -19,5 +27,11 @@ __all__ = [
     "ImageList",
     "ImageNet",
     "ImageNet22k",
+    "ImageNetC",
+    "ImageNetReaL",
+    "ImageNetSketch",
+    "ImageNetSubset",
+    "ImageNetV2",
+    "ObjectNet",
     "WebDataset",
 ]

@@ -193,8 +193,7 @@ class ImageNet(ExtendedVisionDataset):
         """(WordNet id, name) by class index."""
         labels = Path(self.root) / _LABELS_FILE
         if labels.is_file():
-            with labels.open(newline="") as file:
-                return [(row[0], row[1]) for row in csv.reader(file) if row]
+            return read_labels(labels)
         logger.warning(f"ImageNet: no {labels}: the class names are the folder names")
         names, _ = find_classes(str(Path(self.root) / self._split.get_dirname()))
         return [(name, name) for name in names]
@@ -216,6 +215,19 @@ class ImageNet(ExtendedVisionDataset):
             class_index, class_name = index_and_name[found[position]]
             rows.append((number, class_index, found[position], class_name))
         return rows
+
+
+def read_labels(path: Path) -> list[tuple[str, str]]:
+    """(WordNet id, name) by class index, of a `labels.txt`.
+
+    Raises:
+        ValueError: a row without a name.
+    """
+    with path.open(newline="") as file:
+        rows = [row for row in csv.reader(file) if row]
+    if short := [row for row in rows if len(row) < 2]:
+        raise ValueError(f"{path}: rows must be 'wnid,name', got {','.join(short[0])!r}")
+    return [(row[0], row[1]) for row in rows]
 
 
 def _as_entries(rows: list[tuple[int, int, str, str]]) -> np.ndarray:
