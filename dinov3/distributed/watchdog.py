@@ -63,7 +63,7 @@ class Watchdog:
         self._state: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "failed": None}
         self._state |= {"tick": 0, "beats": 0, "doing": "starting", "gives_up": False}
         self._lock = threading.Lock()
-        self._last_beat = time.monotonic()
+        self._waited_s = 0.0  # since the last beat; not counting time in which this process was suspended
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -72,7 +72,6 @@ class Watchdog:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write()
             dist.barrier()  # from here on, nobody reads a file that another run has left
-            self._last_beat = time.monotonic()
             self._thread.start()
         return self
 
@@ -103,14 +102,15 @@ class Watchdog:
         """Note that this process has got on, and with what."""
         self._state["doing"] = doing
         self._state["beats"] = self._state["beats"] + 1
-        self._last_beat = time.monotonic()
+        self._waited_s = 0.0
 
     # -- In the thread ------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         while not self._closed.wait(self._tick_s):
             self._write()
-            if time.monotonic() - self._last_beat > self.timeout_s and not self._state["gives_up"]:
+            self._waited_s += self._tick_s
+            if self._waited_s > self.timeout_s and not self._state["gives_up"]:
                 self._report(self._explanation() or "all processes are alive and in the same place")
                 os._exit(PEER_LOST)  # the main thread waits for what will never come
 
