@@ -34,38 +34,71 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "evaluation.config_files.low_freq": "benchmark_low_frequency.yaml",
 }
 
-# Keys of published recipes without a default.
-LEGACY_KEYS: frozenset[str] = frozenset(
-    {
+# Why nothing reads them: reason -> keys. Keys of published recipes without a default stand here alone.
+LEGACY_REASONS: dict[str, tuple[str, ...]] = {
+    "the accelerator is used if there is one, and compute_precision names the dtypes": ("MODEL.DEVICE", "MODEL.DTYPE"),
+    "--eval-only exports the newest checkpoint": ("MODEL.WEIGHTS",),
+    "last layers are plain linear layers, without weight norm": (
+        "dino.head_norm_last_layer",
+        "dino.force_weight_norm",
+        "ibot.head_norm_last_layer",
+    ),
+    "never had an effect in the published code": (
+        "dino.koleo_distributed_loss_group_data",
+        "ibot.force_masking_even_with_zero_weight",
+        "train.use_teacher_head",
+        "train.learn_from_teacher_tokens",
+        "train.chunk_schedule",
+        "hrft.enabled",
+        "hrft.checkpoint_path",
+    ),
+    "train.dataset_path names the data": ("train.data_config",),
+    "the section checkpointing says when to save": ("train.saveckp_freq", "optim.dump_fsdp_weights_path"),
+    "gradient norms are always logged when gradients are clipped": ("train.monitor_gradient_norm",),
+    "positions are always RoPE": (
+        "student.pos_embed_type",
+        "student.pos_embed_grid_size",
+        "student.pos_embed_rope_gamma",
+        "student.pos_embed_rope_init_multi_frequencies",
+        "student.cls_pos_embedding",
+        "student.reg_pos_embedding",
+        "student.multiple_pos_embeddings",
+        "student.sin_cos_embeddings",
+        "student.fourier_embeddings",
+        "student.fourier_encoding_dim",
+        "student.interpolate_antialias",
+        "student.interpolate_offset",
+    ),
+    "the teacher has the student's architecture": ("teacher.in_chans",),
+    "the optimizer is AdamW": ("optim.optimizer",),
+    "evaluations are run by their own commands, and evaluation.online_knn during the training": (
+        "evaluation.low_freq_every",
+        "evaluation.config_files.high_freq",
+        "evaluation.config_files.low_freq",
+    ),
+    "of experiments that are not part of the published code": (
         "coding_rate_loss.use_cls_loss",
         "coding_rate_loss.cls_loss_weight",
         "coding_rate_loss.use_masked_patches_loss",
         "coding_rate_loss.masked_patches_loss_weight",
         "coding_rate_loss.epsilon",
-        "student.block_chunks",
-        "student.cls_pos_embedding",
-        "student.drop_path_shape",
-        "student.drop_path_uniform",
-        "student.fourier_embeddings",
-        "student.fourier_encoding_dim",
-        "student.init_std_cls",
-        "student.init_std_reg",
-        "student.interpolate_antialias",
-        "student.interpolate_offset",
         "student.mask_attention",
         "student.mask_register_attention",
-        "student.multiple_pos_embeddings",
         "student.patch_drop",
-        "student.pos_embed_grid_size",
-        "student.pos_embed_rope_gamma",
-        "student.pos_embed_rope_init_multi_frequencies",
-        "student.reg_pos_embedding",
-        "student.rescale_weights_by_layer_id",
-        "student.sin_cos_embeddings",
         "train.cell_augmentation",
         "train.cell_augmentation_type",
-    }
-)
+    ),
+    "fixed by the architecture": (
+        "student.block_chunks",
+        "student.drop_path_shape",
+        "student.drop_path_uniform",
+        "student.init_std_cls",
+        "student.init_std_reg",
+        "student.rescale_weights_by_layer_id",
+    ),
+}
+
+LEGACY_KEYS: frozenset[str] = frozenset(key for keys in LEGACY_REASONS.values() for key in keys) - set(LEGACY_DEFAULTS)
 
 
 def is_legacy(key: str) -> bool:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from dinov3.configs import get_default_config, schema
 from dinov3.configs.check import check_config
-from dinov3.configs.legacy import LEGACY_DEFAULTS, LEGACY_KEYS
+from dinov3.configs.legacy import LEGACY_DEFAULTS, LEGACY_KEYS, LEGACY_REASONS
 from dinov3.configs.render import DEFAULTS_FILE, field_docs, render_defaults
 
 
@@ -38,6 +38,12 @@ def test_no_key_is_both_known_and_legacy() -> None:
     assert not known & set(LEGACY_DEFAULTS)
     assert not known & LEGACY_KEYS
     assert not set(LEGACY_DEFAULTS) & LEGACY_KEYS
+
+
+def test_every_legacy_key_has_one_reason() -> None:
+    explained = [key for keys in LEGACY_REASONS.values() for key in keys]
+    assert len(explained) == len(set(explained))
+    assert set(explained) == set(LEGACY_DEFAULTS) | LEGACY_KEYS
 
 
 def test_defaults_satisfy_the_checks_and_are_not_shared() -> None:
