@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dinov3.checkpointer import files
 from dinov3.checkpointer.checkpointer import load_model
+from dinov3.checkpointer.inflate import inflate_patch_embedding
 from dinov3.checkpointer.weights import NETWORKS, LoadReport, load_weights, read_weights
 
 logger = logging.getLogger("dinov3")
@@ -28,7 +29,8 @@ def init_fsdp_model_from_checkpoint(
     """Load all keys of a model that training holds (`backbone.…`, `dino_head.…`, …), sharded or not.
 
     Args:
-        model: on its device. Its state dict must match: nothing is resized, nothing may be missing.
+        model: on its device. Its state dict must match: nothing may be missing, and only patch embeddings of RGB are
+            changed in size, for models of other channels (`inflate_patch_embedding`).
         checkpoint_path: a DCP folder (an export of a teacher, or a training checkpoint: then its EMA teacher), of which
             each process reads only its shards, or a file that `read_weights` knows, a released backbone among them.
         skip_load_keys: entries of a file whose key contains one of these are ignored.
@@ -49,6 +51,7 @@ def init_fsdp_model_from_checkpoint(
     state = read_weights(checkpoint_path, part="all", like=dict(model.named_children()).get("backbone"))
     state = {key: value for key, value in state.items() if not any(part in key for part in skipped)}
     own = model.state_dict()
+    state = inflate_patch_embedding(state, own)
     sharded = {key: _like(value, own[key]) if key in own else value for key, value in state.items()}
     report = load_weights(model, sharded)
     logger.info("loaded %s: %s", checkpoint_path, report)
