@@ -12,6 +12,7 @@ from dinov3.models.vision_transformer import DinoVisionTransformer
 from dinov3.train.optimizer import hold_still
 from dinov3.train.warm_start import compare, describe, freeze_first_blocks, resolve
 from tests.helpers import tiny_training
+from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_training import main, with_output
 
 GRAM = ["gram.use_loss=true", "gram.rep_update=false", "crops.gram_teacher_crops_size=16"]
@@ -81,6 +82,39 @@ def test_frozen_blocks_stay_and_the_training_resumes(
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert not any(key.startswith(("blocks.0.", "patch_embed.")) or "token" in key for key in changed)
     assert {"blocks.1.attn.qkv.weight", "norm.weight"} <= changed
+
+
+def train(arguments: list[str]) -> None:
+    main(arguments)
+
+
+def test_two_processes_start_from_a_file_freeze_blocks_and_resume(
+    arguments: list[str], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = [f"student.pretrained_weights={sources['hf']}", *SHORT[1:], "student.frozen_blocks=1"]
+    settings += ["optim.freeze_backbone_epochs=1", "train.batch_size_per_gpu=2"]
+    for epochs in (1, 2):
+        command = with_output(arguments, tmp_path / "out", *settings, f"optim.epochs={epochs}")
+        run_distributed(train, 2, tmp_path, command, init_group=False)
+        found = read_weights(tmp_path / "out" / "ckpt" / str(5 * epochs - 1), network="student")
+        expected = read_weights(sources["backbone"])
+        changed = {
+            key.split(".")[0] + "." + key.split(".")[1] for key in expected if not found[key].equal(expected[key])
+        }
+        assert changed == (set() if epochs == 1 else {"blocks.1", "norm.weight", "norm.bias"})
+
+
+def test_one_student_is_distilled_from_a_teacher_with_heads(
+    arguments: list[str], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = ["distillation.enabled=true", f"distillation.full_cfg_path={sources['teacher'].parent / 'config.yaml'}"]
+    settings += ["student.arch=vit_tiny_wide_test", *SHORT]
+    source = f"distillation.checkpoint_path={sources['training']}"
+    main(with_output(arguments, tmp_path, *settings, source))
+    assert read_weights(tmp_path / "teacher_checkpoint.pth")["cls_token"].shape[-1] == 24
+    assert read_weights(tmp_path / "ckpt" / "4", network="teacher")["cls_token"].shape[-1] == 16
+    with pytest.raises(ValueError, match=r"missing: dino_head.*without heads; MODEL.META_ARCHITECTURE=FeatureDistill"):
+        main(with_output(arguments, tmp_path / "2", *settings, f"distillation.checkpoint_path={sources['hf']}"))
 
 
 @pytest.mark.parametrize(
