@@ -75,7 +75,7 @@ def build_backbone(
         arch = get_convnext_arch(args.arch)
         return arch(patch_size=args.patch_size, drop_path_rate=drop_path_rate, in_chans=in_chans, device=device)
     raise NotImplementedError(
-        f"unknown architecture {args.arch!r}: its name contains 'vit' or 'convnext', or begins with timm: or torchvision:"
+        f"unknown architecture {args.arch!r}: names contain 'vit' or 'convnext', or begin with timm: or torchvision:"
     )
 
 

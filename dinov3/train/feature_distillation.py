@@ -102,7 +102,7 @@ class FeatureDistillation(MetaArch):
         with torch.device("meta"):
             if name == "backbone":
                 return build_model_from_cfg(self.cfg, only_teacher=True)[0]
-            return FeatureProjector(self.embed_dim, self.teacher["backbone"].embed_dim)
+            return FeatureProjector(self.embed_dim, int(self.teacher["backbone"].embed_dim))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def update_ema(self, m: float) -> None:
@@ -149,11 +149,15 @@ class FeatureDistillation(MetaArch):
 
     def _losses(self, output: Mapping[str, Any], target: Mapping[str, Any], size: Sequence[int]) -> dict[str, Tensor]:
         cls, patches = self.student["projector"](output["x_norm_clstoken"], output["x_norm_patchtokens"])
-        grids = [
-            square_or_crop_grid(tokens["x_norm_patchtokens"].shape[1], (size[0], size[1]), network["backbone"].stride)
+        theirs, own = (
+            square_or_crop_grid(
+                tokens["x_norm_patchtokens"].shape[1],
+                (size[0], size[1]),
+                int(network["backbone"].stride),  # type: ignore[arg-type]
+            )
             for tokens, network in ((target, self.teacher), (output, self.student))
-        ]
-        wanted = resize_patch_features(target["x_norm_patchtokens"].float(), *grids, mode="bilinear", antialias=True)
+        )
+        wanted = resize_patch_features(target["x_norm_patchtokens"].float(), theirs, own, "bilinear", True)
         return {"cls": cosine_distance(cls, target["x_norm_clstoken"]), "patch": cosine_distance(patches, wanted)}
 
 

@@ -22,7 +22,7 @@ from dinov3.data import (
 from dinov3.data.datasets.skipped import SkippedFiles
 from dinov3.data.device_augmentation import DeviceAugmentation, DeviceAugmentedLoader
 from dinov3.data.meta_loaders import choices
-from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.train.meta_arch import MetaArch
 from dinov3.utils.device import default_device
 from dinov3.utils.dtype import dtype_dict, resolve_compute_dtype
 
@@ -33,7 +33,7 @@ def _no_target(_: Any) -> tuple[()]:
     return ()
 
 
-def build_data_loader_from_cfg(cfg: Any, model: SSLMetaArch, start_iter: int) -> Iterable[Any]:
+def build_data_loader_from_cfg(cfg: Any, model: MetaArch, start_iter: int) -> Iterable[Any]:
     """The loader of one resolution, positioned at `start_iter`.
 
     The order of the data, crops and masks depend on `train.seed`, the iteration, the sample and the rank only.
@@ -97,7 +97,7 @@ def _build_collate(cfg: Any, local_batch_size: int | None) -> partial[dict[str, 
 
 
 def build_multi_resolution_data_loader_from_cfg(
-    cfg: Any, model: SSLMetaArch, start_iter: int, seed: int = 65537
+    cfg: Any, model: MetaArch, start_iter: int, seed: int = 65537
 ) -> Iterable[Any]:
     """One loader per entry of the crop-size lists, mixed by their ratios; every rank draws the same resolution.
 

@@ -37,11 +37,11 @@ from dinov3.optim import epochs_to_iterations
 from dinov3.train.export import do_test, write_atomically
 from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg, compute_dtype
 from dinov3.train.memory import explain_out_of_memory, memory_by_part
+from dinov3.train.meta_arch import MetaArch, Metrics
 from dinov3.train.monitors import OnlineKnn
 from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer, clip_gradients, hold_still
 from dinov3.train.resume import RecordedConfig, check_same_student
 from dinov3.train.schedules import build_schedulers
-from dinov3.train.ssl_meta_arch import Metrics, SSLMetaArch
 from dinov3.utils.reproducibility import derived_seed
 
 logger = logging.getLogger("dinov3")
@@ -103,11 +103,11 @@ class TrainingRun:
 
     Args:
         cfg: merged configuration.
-        model: an `SSLMetaArch` on its device.
+        model: a `MetaArch` on its device.
         resume: continue from the newest checkpoint in the output folder, if there is one.
     """
 
-    def __init__(self, cfg: Any, model: SSLMetaArch, resume: bool) -> None:
+    def __init__(self, cfg: Any, model: MetaArch, resume: bool) -> None:
         self.cfg, self.model = cfg, model
         self.output_dir = Path(cfg.train.output_dir)
         self.ckpt_dir = self.output_dir / "ckpt"
@@ -294,7 +294,7 @@ class TrainingRun:
 
 
 def do_train(
-    cfg: Any, model: SSLMetaArch, resume: bool = False, *, stall_timeout_s: float = STALL_TIMEOUT_S
+    cfg: Any, model: MetaArch, resume: bool = False, *, stall_timeout_s: float = STALL_TIMEOUT_S
 ) -> dict[str, float]:
     """Train to the end; returns the average of every metric over the iterations of this call.
 
@@ -302,7 +302,7 @@ def do_train(
 
     Args:
         cfg: merged configuration.
-        model: an `SSLMetaArch` on its device.
+        model: a `MetaArch` on its device.
         resume: continue from the newest checkpoint in the output folder, if there is one.
         stall_timeout_s: without progress for this long, name the process that is the reason, and end.
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.train.meta_arch import MetaArch
 
 MIB = 2**20
 
 
-def memory_by_part(model: SSLMetaArch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def memory_by_part(model: MetaArch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """MiB that this process holds between iterations, by part; `at the peak` is the device's peak, if it is known."""
     student = list(model.student.parameters())
     frozen = {id(part): part for part in (model.model_ema, model.teacher, model.gram_teacher) if part is not None}

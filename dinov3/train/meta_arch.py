@@ -1,5 +1,6 @@
 """What every meta architecture of training is to the loop: networks, how they are placed, grouped and averaged."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -12,6 +13,8 @@ from dinov3.fsdp import ac_compile_parallelize
 from dinov3.train.gram import GramLifecycle
 from dinov3.train.param_groups import fuse_params_groups, get_params_groups_with_decay_fsdp
 from dinov3.train.teachers import fill_with_invalid_values, follow
+
+logger = logging.getLogger("dinov3")
 
 N_GLOBAL_CROPS = 2
 
@@ -86,6 +89,22 @@ class MetaArch(nn.Module):
             if all(loss is not network for network in networks):
                 loss.to_empty(device=device)
         fill_with_invalid_values(self)
+
+    @torch.no_grad()
+    def update_gram(self, m: float = 0) -> None:
+        """Let the Gram teacher follow the EMA teacher: gram <- m * gram + (1 - m) * ema, if there is one."""
+        if self.gram_teacher is None:
+            return
+        logger.info("Refreshing the Gram teacher from the EMA teacher")
+        ema = self.model_ema["backbone"]
+        follow(self.gram_teacher.parameters(), ema.parameters(), m)
+        for mine, theirs in zip(self.gram_teacher.buffers(), ema.buffers(), strict=True):
+            mine.copy_(theirs)
+        self.gram_teacher_initialized = True
+
+    def gram_load_ema_teacher(self) -> None:
+        """Copy the EMA teacher's backbone into the Gram teacher."""
+        self.update_gram(m=0)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode; the teachers stay in evaluation mode (no drop path, no random RoPE augmentation)."""

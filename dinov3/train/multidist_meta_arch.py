@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov3.train.meta_arch import N_GLOBAL_CROPS, Metrics
 from dinov3.train.monitors import collapse_monitors
-from dinov3.train.ssl_meta_arch import N_GLOBAL_CROPS, Metrics, Outputs, SSLMetaArch
+from dinov3.train.ssl_meta_arch import Outputs, SSLMetaArch
 
 
 class MultiDistillationMetaArch(SSLMetaArch):

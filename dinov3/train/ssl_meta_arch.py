@@ -31,7 +31,6 @@ from dinov3.train.teachers import (
     build_distillation_teacher,
     build_part,
     build_student_and_teacher,
-    follow,
 )
 from dinov3.train.warm_start import freeze_first_blocks, load_network
 
@@ -123,25 +122,6 @@ class SSLMetaArch(MetaArch):
         """Random weights of backbone, dino_head and ibot_head, in this order."""
         for name, part in network.items():
             init_weights(part, partial(build_part, cfg, name), group)
-
-    @torch.no_grad()
-    def update_gram(self, m: float = 0) -> None:
-        """Let the Gram teacher follow the EMA teacher: gram <- m * gram + (1 - m) * ema, if there is one."""
-        if self.gram_teacher is None:
-            return
-        logger.info("Refreshing the Gram teacher from the EMA teacher")
-        follow(self.gram_teacher.parameters(), self.model_ema["backbone"].parameters(), m)
-        self._copy_buffers_to_gram_teacher()
-
-    def gram_load_ema_teacher(self) -> None:
-        """Copy the EMA teacher's backbone into the Gram teacher."""
-        self.update_gram(m=0)
-
-    def _copy_buffers_to_gram_teacher(self) -> None:
-        assert self.gram_teacher is not None
-        for mine, theirs in zip(self.gram_teacher.buffers(), self.model_ema["backbone"].buffers(), strict=True):
-            mine.copy_(theirs)
-        self.gram_teacher_initialized = True
 
     # -- one iteration -----------------------------------------------------------------------------------------------
 
