@@ -77,6 +77,8 @@ def ac_compile_parallelize(
         several = group is not None and (distributed.get_world_size(group) > 1 or device.type != "cpu")
         if group is not None and several and not has_batchnorms(model):
             _shard(model, group, device, cfg.compute_precision)
+            if model is not trained_model:
+                _reshard_after_forward(model)
         model.to_empty(device=device)
     return device
 
@@ -105,9 +107,12 @@ def _compile(models: Sequence[nn.ModuleDict], device: torch.device, *, cudagraph
 
 def _shard(model: nn.ModuleDict, group: dist.ProcessGroup, device: torch.device, precision: Any) -> None:
     """`fully_shard` per unit, then per part. Parameters stay float32, computation is in `param_dtype`."""
+    reduce_dtype = resolve_compute_dtype(dtype_dict[precision.reduce_dtype], device)
+    if device.type == "cpu":
+        # Of float32 gradients the backend is to take the mean, and gloo of torch 2.7 leaves the sum.
+        reduce_dtype = torch.float64
     policy = MixedPrecisionPolicy(
-        param_dtype=resolve_compute_dtype(dtype_dict[precision.param_dtype], device),
-        reduce_dtype=resolve_compute_dtype(dtype_dict[precision.reduce_dtype], device),
+        param_dtype=resolve_compute_dtype(dtype_dict[precision.param_dtype], device), reduce_dtype=reduce_dtype
     )
     # Inside a backbone tokens have the right dtype already, and position tables must keep theirs.
     without_casts = dataclasses.replace(policy, cast_forward_inputs=False)
@@ -123,6 +128,15 @@ def _shard(model: nn.ModuleDict, group: dist.ProcessGroup, device: torch.device,
         fully_shard(part, mp_policy=policy, **options)
         if name == "backbone":
             register_fsdp_forward_method(part, "get_intermediate_layers")
+
+
+def _reshard_after_forward(model: nn.ModuleDict) -> None:
+    """Free what the root of each part gathered: no backward pass will, and the shards are what is updated.
+
+    `fully_shard(reshard_after_forward=True)` includes the root from torch 2.8 on only.
+    """
+    for part in model.values():
+        part.register_forward_hook(lambda module, args, output: module.reshard())
 
 
 def synchronize_gradients(trained_model: nn.ModuleDict, *, enabled: bool) -> None:

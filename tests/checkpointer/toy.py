@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from dinov3.checkpointer import load_checkpoint, save_checkpoint
 
@@ -41,11 +41,12 @@ class Arch(nn.Module):
 def build(seed: int, width: int = 6, sharded: bool = False) -> tuple[Arch, torch.optim.AdamW]:
     arch = Arch(seed, width)
     if sharded:
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float64)  # as `fsdp` does on a CPU, and says why
         for network in (arch.student, arch.teacher):
             for block in network["backbone"].blocks:
-                fully_shard(block)
+                fully_shard(block, mp_policy=policy)
             for part in network.values():
-                fully_shard(part)
+                fully_shard(part, mp_policy=policy)
     groups = [
         {"params": list(part.parameters()), "lr_multiplier": 0.5, "is_last_layer": name == "dino_head"}
         for name, part in arch.student.items()

@@ -104,6 +104,11 @@ def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor], rtol: fl
         assert gap <= rtol * value.abs().max() + 1e-7, f"{name}: {gap:.2e} of {value.abs().max():.2e}"
 
 
+def per_image(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that are means over images. The rank of the features depends on how many images a process has."""
+    return {name: value for name, value in metrics.items() if name != "feature_rank"}
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of weights with activations and gradients of order one (those of fresh weights are badly scaled)."""
@@ -129,7 +134,9 @@ def test_a_step_has_the_losses_gradients_and_weights_of_one_process(
 ) -> None:
     for result in run_distributed(train, world, tmp_path, weights, tmp_path, 0, 1):
         assert result["sharded"]
-        assert result["losses"][0] == pytest.approx(one_process[1]["losses"][0], rel=1e-5, abs=1e-7)
+        assert per_image(result["losses"][0]) == pytest.approx(
+            per_image(one_process[1]["losses"][0]), rel=1e-5, abs=1e-7
+        )
         assert_close(result["grads"], one_process[1]["grads"], rtol=1e-5)
         assert_close(result["teacher"], one_process[1]["teacher"], rtol=1e-5)
 
