@@ -11,7 +11,7 @@ ready := $(VENV)/installed-$(call fingerprint,pyproject.toml constraints.txt)
 ready_min := .venv-min/installed-$(call fingerprint,pyproject.toml)
 pip := -m pip --disable-pip-version-check install --quiet --prefer-binary
 
-.PHONY: help install quickstart test test-slow test-min smoke lint format bench clean
+.PHONY: help install quickstart test test-slow test-slurm test-min smoke lint format bench clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' Makefile | expand -t 18
@@ -26,6 +26,9 @@ test: $(ready) ## The tests: no network, no accelerator, no weights needed.
 
 test-slow: $(ready) ## The tests that take minutes each.
 	$(run) -m pytest -m slow
+
+test-slurm: $(ready) ## Jobs on a real SLURM on this machine (Debian: slurmctld slurmd slurm-client munge).
+	$(run) -m pytest --run-slow tests/run/test_slurm.py
 
 test-min: $(ready_min) ## The tests with the lowest versions that pyproject.toml allows, in .venv-min.
 	$(run_min) -m pytest

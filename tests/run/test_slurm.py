@@ -1,0 +1,236 @@
+"""Training and evaluation as SLURM jobs, on a real SLURM on this machine: `make test-slurm`.
+
+Whatever happens to a job, it goes on where it stopped: at the end its losses and weights are those of a training that
+nobody disturbed, bit for bit.
+"""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from dinov3.eval.knn import main as evaluate
+from dinov3.run import slurm as launcher
+from dinov3.run.submit import main as submit
+from dinov3.train.train import main as train
+from tests.helpers import tiny_training
+from tests.helpers.distributed import run_distributed
+from tests.helpers.processes import find_process
+from tests.helpers.slurm import LocalSlurm, missing_commands
+from tests.helpers.source import ROOT
+from tests.helpers.tiny_training import with_output
+from tests.train.test_end_to_end import assert_same_training
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        bool(missing_commands()) or not sys.platform.startswith("linux"),
+        reason=f"no SLURM here: {', '.join(missing_commands())} missing (Debian: slurmctld slurmd slurm-client munge)",
+    ),
+]
+
+# The tiny training, at a pace that leaves time to disturb it.
+SCRIPT = """
+import time
+
+from dinov3.train.loop import TrainingRun
+from tests.helpers.tiny_training import main
+
+step = TrainingRun.step
+
+
+def slow_step(self, *args):
+    time.sleep({seconds})
+    return step(self, *args)
+
+
+TrainingRun.step = slow_step
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
+    slurm = LocalSlurm(tmp_path_factory.mktemp("slurm"), n_nodes=2, gpus=2)
+    try:
+        slurm.start()
+        yield slurm
+    finally:
+        slurm.stop()
+
+
+@pytest.fixture(autouse=True)
+def _client_environment(cluster: LocalSlurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    yield
+    cluster.control("scancel", "--me")
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return tiny_training.prepare(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a training on two processes, without SLURM."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_distributed(_train, 2, folder, with_output(arguments, folder / "out"), init_group=False)
+    return folder / "out"
+
+
+def _train(argv: Sequence[str]) -> None:
+    train(argv)
+
+
+class Job:
+    """A job that the launcher has put into the queue, and its folder."""
+
+    def __init__(self, cluster: LocalSlurm, folder: Path, *argv: str) -> None:
+        before = set(folder.glob("*_submission.sh"))
+        assert submit([f"--output-dir={folder}", "--timeout", "30", *argv]) == 0  # a later --timeout wins
+        (script,) = set(folder.glob("*_submission.sh")) - before
+        self.cluster, self.folder, self.number = cluster, folder, script.name.partition("_")[0]
+
+    def wait_for_checkpoint(self) -> None:
+        self.cluster.wait(lambda: list(self.folder.glob("ckpt/[0-9]*/.metadata")), 200)
+
+    def finish(self) -> str:
+        """Its final state."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        self.cluster.wait(lambda: self.cluster.state(self.number) in ended, 400)
+        return self.cluster.state(self.number)
+
+    def restarts(self) -> int:
+        return self.cluster.restarts(self.number)
+
+    def text(self) -> str:
+        """Everything that its tasks wrote."""
+        files = [*self.folder.glob(f"{self.number}_*_log.*"), *self.folder.glob("logs/*")]
+        return "\n".join(file.read_text() for file in files)
+
+    def task_process(self, rank: int) -> int:
+        """The process of a task."""
+        return find_process("submitit", SLURM_JOB_ID=self.number, SLURM_PROCID=str(rank))
+
+
+@pytest.fixture
+def slow_script(tmp_path: Path) -> str:
+    return _write_script(tmp_path, seconds=0.7)
+
+
+def _write_script(folder: Path, seconds: float) -> str:
+    path = folder / "slow_training.py"
+    path.write_text(SCRIPT.format(seconds=seconds))
+    return str(path)
+
+
+def two_tasks(script: str, arguments: Sequence[str]) -> list[str]:
+    return [script, "--ngpus", "2", *arguments]
+
+
+def test_training_and_evaluation_with_two_tasks(
+    cluster: LocalSlurm, arguments: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    job = Job(cluster, out, *two_tasks(str(ROOT / "tests/helpers/tiny_training.py"), arguments))
+    assert job.finish() == "COMPLETED", job.text()
+    assert_same_training(out, undisturbed)
+
+    images = arguments[-1].partition("=")[2]
+    evaluation = [
+        f"model.config_file={out}/config.yaml",
+        f"model.pretrained_weights={out}/teacher_checkpoint.pth",
+        *("transform.resize_size=16", "transform.crop_size=16", "train.ks=[1,3]"),
+        *("train.num_workers=0", "eval.num_workers=0"),
+        *(f"train.dataset={images}", f"eval.test_dataset={images}"),
+    ]
+    script = str(ROOT / "tests/helpers/tiny_knn.py")
+    job = Job(cluster, tmp_path / "knn", *two_tasks(script, [*evaluation, f"output_dir={tmp_path}/knn"]))
+    assert job.finish() == "COMPLETED", job.text()
+    evaluate([*evaluation, f"output_dir={tmp_path}/alone"])
+    results = "results-knn.csv"
+    assert (tmp_path / "knn" / results).read_text() == (tmp_path / "alone" / results).read_text()
+
+
+def test_two_nodes_train_as_one(cluster: LocalSlurm, arguments: list[str], undisturbed: Path, tmp_path: Path) -> None:
+    script = str(ROOT / "tests/helpers/tiny_training.py")
+    job = Job(cluster, tmp_path / "out", script, "--nodes", "2", "--ngpus", "1", *arguments)
+    assert job.finish() == "COMPLETED", job.text()
+    assert "Slurm job" in job.text()
+    assert_same_training(tmp_path / "out", undisturbed)
+
+
+def test_a_preempted_job_goes_on(
+    cluster: LocalSlurm, arguments: list[str], undisturbed: Path, tmp_path: Path, slow_script: str
+) -> None:
+    job = Job(cluster, tmp_path / "out", *two_tasks(slow_script, arguments))
+    job.wait_for_checkpoint()
+    cluster.submit("-p", "urgent", "-N", "2", "-c", "20", "--wrap", "sleep 5")
+    assert job.finish() == "COMPLETED", job.text()
+    assert job.restarts() == 1
+    assert "stopped by SIGUSR2, exit code 75" in job.text()
+    assert_same_training(tmp_path / "out", undisturbed)
+
+
+def test_a_job_out_of_time_goes_on(
+    cluster: LocalSlurm,
+    arguments: list[str],
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # SLURM sends the signal up to a minute early; so late that the job has begun to train.
+    monkeypatch.setattr(launcher, "SIGNAL_DELAY_S", 10)
+    script = _write_script(tmp_path, seconds=3)
+    job = Job(cluster, tmp_path / "out", *two_tasks(script, ["--timeout", "1", *arguments]))
+    assert job.finish() == "COMPLETED", job.text()
+    assert job.restarts() >= 1
+    assert "this job is timed-out" in job.text()
+    assert_same_training(tmp_path / "out", undisturbed)
+
+
+def test_a_job_that_is_queued_again_from_outside_goes_on(
+    cluster: LocalSlurm, arguments: list[str], undisturbed: Path, tmp_path: Path, slow_script: str
+) -> None:
+    job = Job(cluster, tmp_path / "out", *two_tasks(slow_script, ["--no-resume", *arguments]))
+    job.wait_for_checkpoint()
+    cluster.control("scontrol", "requeue", job.number)
+    assert job.finish() == "COMPLETED", job.text()
+    assert job.restarts() == 1
+    assert_same_training(tmp_path / "out", undisturbed)
+
+
+def test_a_cancelled_job_goes_on_with_the_same_command(
+    cluster: LocalSlurm, arguments: list[str], undisturbed: Path, tmp_path: Path, slow_script: str
+) -> None:
+    argv = two_tasks(slow_script, arguments)
+    job = Job(cluster, tmp_path / "out", *argv)
+    job.wait_for_checkpoint()
+    cluster.control("scancel", job.number)
+    assert job.finish() == "CANCELLED", job.text()
+    again = Job(cluster, tmp_path / "out", *argv)
+    assert again.finish() == "COMPLETED", again.text()
+    assert "Resuming from" in again.text()
+    assert_same_training(tmp_path / "out", undisturbed)
+
+
+def test_a_killed_task_ends_the_job_and_is_named(
+    cluster: LocalSlurm, arguments: list[str], undisturbed: Path, tmp_path: Path, slow_script: str
+) -> None:
+    argv = two_tasks(slow_script, arguments)
+    job = Job(cluster, tmp_path / "out", *argv)
+    job.wait_for_checkpoint()
+    os.kill(job.task_process(1), signal.SIGKILL)
+    assert job.finish() == "FAILED"
+    assert re.search(r"rank 1 was killed|task 1: Killed", job.text()), job.text()
+    again = Job(cluster, tmp_path / "out", *argv)
+    assert again.finish() == "COMPLETED", again.text()
+    assert_same_training(tmp_path / "out", undisturbed)
