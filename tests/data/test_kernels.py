@@ -70,6 +70,19 @@ def test_hue_agrees_with_pillow_on_average(name: str, turns: float) -> None:
     assert (ours - theirs).abs().max() <= 8
 
 
+@pytest.mark.parametrize("name", PICTURES)
+def test_turned_hues_are_distributed_as_with_pillow(name: str) -> None:
+    """Kolmogorov-Smirnov distance of the grey levels of each channel, over turns drawn as in training."""
+    torch.manual_seed(0)
+    turns = torch.empty(20).uniform_(-0.1, 0.1).tolist()
+    ours = torch.stack([kernels.hue_(levels(PICTURES[name]), turn) for turn in turns])
+    theirs = torch.stack([levels(F.adjust_hue(PICTURES[name], turn)) for turn in turns])
+    for channel in range(3):
+        counts = [torch.histc(images[:, channel], bins=256, min=-0.5, max=255.5) for images in (ours, theirs)]
+        shares = [(count / count.sum()).cumsum(0) for count in counts]
+        assert (shares[0] - shares[1]).abs().max() < 0.01
+
+
 def test_exact_hue_keeps_value_and_turns_back() -> None:
     image = levels(PICTURES["noise"])
     turned = kernels.hue_(image.clone(), 0.3, whole=False)

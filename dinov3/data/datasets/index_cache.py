@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dinov3.data.datasets.packed import PackedStrings
+
 logger = logging.getLogger("dinov3")
 
 # What Pillow decodes by default.
@@ -35,22 +37,18 @@ _SETTLED_S = 2.0
 class FolderIndex:
     """Images below a folder, sorted by path.
 
-    Paths are kept in one byte string: worker processes then share the memory, which a list of strings would not allow.
-
     Attributes:
-        names: all relative paths, one after another, as bytes of the file system.
-        ends: where each path ends in `names`, int64 [n].
+        paths: relative to the folder.
         targets: position of each path's first folder in `class_names`, -1 for images directly in the folder; int32 [n].
         class_names: first-level folders that hold images, sorted.
     """
 
-    names: bytes
-    ends: np.ndarray
+    paths: PackedStrings
     targets: np.ndarray
     class_names: list[str]
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.paths)
 
     @property
     def n_direct(self) -> int:
@@ -59,9 +57,7 @@ class FolderIndex:
 
     def path(self, index: int) -> str:
         """Relative path of an image."""
-        index %= len(self)
-        start = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.names[start : int(self.ends[index])])
+        return self.paths[index]
 
 
 def load_or_build_index(
@@ -128,8 +124,7 @@ def _make_index(paths: list[bytes]) -> FolderIndex:
     tops = [path.split(separator, 1)[0] if separator in path else None for path in paths]
     classes = {name: i for i, name in enumerate(sorted({top for top in tops if top is not None}))}
     return FolderIndex(
-        names=b"".join(paths),
-        ends=np.cumsum([len(path) for path in paths], dtype=np.int64),
+        paths=PackedStrings.pack(paths),
         targets=np.array([-1 if top is None else classes[top] for top in tops], dtype=np.int32),
         class_names=[os.fsdecode(name) for name in classes],
     )
@@ -153,8 +148,7 @@ def _read(file: Path, folder: Path) -> FolderIndex | None:
             if any((folder / name).stat().st_mtime_ns != at for name, at in zip(folders, times, strict=True)):
                 return None
             return FolderIndex(
-                names=stored["names"].tobytes(),
-                ends=stored["ends"],
+                paths=PackedStrings(stored["names"].tobytes(), stored["ends"]),
                 targets=stored["targets"],
                 class_names=_split(stored["class_names"]) if stored["class_names"].size else [],
             )
@@ -179,8 +173,8 @@ def _write(file: Path, index: FolderIndex, folders: dict[str, int]) -> None:
                 format=np.int64(_FORMAT),
                 folders=_joined(list(folders)),
                 times=np.array(list(folders.values()), dtype=np.int64),
-                names=np.frombuffer(index.names, dtype=np.uint8),
-                ends=index.ends,
+                names=np.frombuffer(index.paths.joined, dtype=np.uint8),
+                ends=index.paths.ends,
                 targets=index.targets,
                 class_names=_joined(index.class_names),
             )

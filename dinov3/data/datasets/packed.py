@@ -20,7 +20,7 @@ class PackedStrings:
     ends: np.ndarray
 
     @classmethod
-    def pack(cls, strings: Iterable[str]) -> "PackedStrings":
+    def pack(cls, strings: Iterable[str | bytes]) -> "PackedStrings":
         """The strings, in their order."""
         encoded = [os.fsencode(string) for string in strings]
         return cls(b"".join(encoded), np.cumsum([len(part) for part in encoded], dtype=np.int64))
