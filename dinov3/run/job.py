@@ -6,12 +6,15 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinov3.distributed.stopping import Stopped
 
 logger = logging.getLogger("dinov3")
 
-# How long processes other than the first wait to be ended by SLURM when their job is queued again.
-_REQUEUE_WAIT_S = 120.0
+# How long processes that have saved their state wait to be ended by SLURM: grace times of preemptions are shorter.
+_END_WAIT_S = 600.0
 
 
 class CheckpointableSubmitter:
@@ -55,8 +58,8 @@ class CheckpointableSubmitter:
         try:
             return load_custom_callable(self.module_path, self.callable_name)(self.script_args())
         except Stopped as stopped:
-            if stopped.preempted and _in_slurm_job():
-                self._queue_again(stopped.signum)
+            if _in_slurm_job():
+                _leave_the_end_to_slurm(stopped)
             raise
         except Exception:
             self._setup_logging()  # the script has closed its log on the way out
@@ -89,11 +92,19 @@ class CheckpointableSubmitter:
         # As in `setup_job`: a script that calls it adds no second handler.
         setup_logging(output=self.output_dir, level=logging.INFO)
 
-    def _queue_again(self, signum: int) -> None:
-        """Hand the signal on to submitit: its handler, in place again, asks SLURM in rank 0 to queue the job again."""
-        signal.raise_signal(signum)  # doesn't return in rank 0
-        time.sleep(_REQUEUE_WAIT_S)
-
 
 def _in_slurm_job() -> bool:
     return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def _leave_the_end_to_slurm(stopped: "Stopped") -> None:
+    """Wait for what SLURM does with a job that has saved its state.
+
+    After a preemption signal, submitit's handler, which is in place again, asks SLURM to queue the job again; that ends
+    the process. After a SIGTERM this may be a preemption too, and the signal for it still to come: a process that left
+    by itself would be a failed job, one that waits is queued again or cancelled, as SLURM has decided.
+    """
+    if stopped.preempted:
+        signal.raise_signal(stopped.signum)  # doesn't return in rank 0
+    if stopped.signum != signal.SIGINT:
+        time.sleep(_END_WAIT_S)

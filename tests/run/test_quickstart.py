@@ -186,8 +186,16 @@ def test_quick_start_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(report["knn_course"]) == ["0", "6", "12"]
     assert report["knn_course"]["0"] == report["knn_random"]
     assert report["knn_course"]["12"] == report["knn_trained"]
-    for key in ("knn_pixels", "knn_random", "knn_trained"):
-        assert report["chance"] < report[key] <= 100
+    for key in (
+        "pixels",
+        "random",
+        "trained",
+        "class_token_trained",
+        "colour_pixels",
+        "colour_random",
+        "colour_trained",
+    ):
+        assert report["chance"] < report[f"knn_{key}"] <= 100
     assert math.isfinite(report["loss_first"])
     assert math.isfinite(report["loss_last"])
     assert 0 < report["seconds_training"] < report["seconds"]
@@ -210,6 +218,8 @@ def test_training_beats_its_random_initialisation(seed: int, tmp_path: Path) -> 
     report = quickstart.main(["--output-dir", str(tmp_path / "out"), "--seed", str(seed)])
     assert report["knn_trained"] >= report["knn_random"] + 10
     assert report["knn_trained"] > report["knn_pixels"]
+    for features in ("colour", "class_token"):
+        assert report[f"knn_{features}_trained"] > report[f"knn_{features}_random"] + 2
     assert report["loss_last"] < report["loss_first"] - 1
     rows = [
         json.loads(line) for line in (tmp_path / "out" / "training" / "training_metrics.json").read_text().splitlines()

@@ -265,7 +265,7 @@ def test_a_preempted_job_is_queued_again_by_submitit_and_by_nobody_elsewhere(
 ) -> None:
     queued: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda signum, frame: queued.append(signum))
-    monkeypatch.setattr("dinov3.run.job._REQUEUE_WAIT_S", 0)
+    monkeypatch.setattr("dinov3.run.job._END_WAIT_S", 0)
     try:
         job = CheckpointableSubmitter(script, "stop", [], tmp_path)
         for executor, expected in (("", []), ("slurm", [signal.SIGUSR2])):

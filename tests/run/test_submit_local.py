@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov3.distributed.stopping import PREEMPTED
+from dinov3.distributed.stopping import PEER_LOST, PREEMPTED
 from dinov3.train.train import main as train
 from tests.helpers import tiny_training
 from tests.helpers.distributed import run_distributed
@@ -96,17 +96,24 @@ def test_a_preempted_training_saves_leaves_and_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_named_and_the_next_run_is_right(
-    arguments: list[str], undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("signum", "exit_code", "message"),
+    [
+        (signal.SIGKILL, 128 + signal.SIGKILL, "rank 1 of 2 (process {pid}) was killed by SIGKILL"),
+        (signal.SIGSTOP, PEER_LOST, "Reason: rank 1 is silent: killed, suspended, or cut off"),
+    ],
+)
+def test_a_killed_or_stalled_rank_is_named_and_the_next_run_is_right(
+    signum: int, exit_code: int, message: str, arguments: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
     argv = with_output(arguments, tmp_path / "out")
-    process = start(argv, "--ngpus", "2")
+    process = start(["--stall-timeout", "10", *argv], "--ngpus", "2")
     wait_for_checkpoint(tmp_path / "out", process)
-    victim = find_process(str(tmp_path / "out"), RANK="1")
-    os.kill(victim, signal.SIGKILL)
+    pid = find_process(str(tmp_path / "out"), RANK="1")
+    os.kill(pid, signum)
     code, output = finish(process)
-    assert code == 128 + signal.SIGKILL, output
-    assert f"rank 1 of 2 (process {victim}) was killed by SIGKILL" in output
+    assert code == exit_code, output
+    assert message.format(pid=pid) in output
     code, output = finish(start(argv, "--ngpus", "2"))
     assert code == 0, output
     assert_same_training(tmp_path / "out", undisturbed)

@@ -1,0 +1,62 @@
+"""docs/running.md: its commands parse, and its tables say what the code does."""
+
+import re
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+
+from dinov3.configs import get_cfg_from_args
+from dinov3.distributed.stopping import PEER_LOST, PREEMPTED
+from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser
+from dinov3.eval.knn import KnnEvalConfig
+from dinov3.run.submit import get_run_parser
+from dinov3.train.train import parse_args
+from tests.helpers.source import ROOT
+
+TEXT = (ROOT / "docs" / "running.md").read_text()
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+def script_and_arguments(words: list[str]) -> tuple[str, list[str]]:
+    """The script that a command runs, and what it is given."""
+    if "dinov3.run.submit" in words:
+        args, rest = get_run_parser().parse_known_args(words[words.index("dinov3.run.submit") + 1 :])
+        output_dir = [] if args.output_dir is None else [f"--output-dir={args.output_dir}"]
+        return args.module_path, [*output_dir, *rest]
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[at], words[at + 1 :]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_commands_parse_and_know_every_key(words: list[str], tmp_path: Path) -> None:
+    script, arguments = script_and_arguments(words)
+    assert (ROOT / script).is_file()
+    if script.endswith("knn.py"):
+        parsed = cli_parser(arguments) | {"output_dir": str(tmp_path)}
+        args_dict_to_dataclass(parsed, KnnEvalConfig, save_config=False)
+        return
+    assert script.endswith("train.py")
+    args = parse_args(arguments)
+    if args.config_file != "CONFIG":
+        get_cfg_from_args(args, strict=True)
+
+
+def test_exit_codes_are_those_of_the_code() -> None:
+    rows = dict(re.findall(r"^\| ([\d, ]+) \| ([^|]+) \|", TEXT, re.MULTILINE))
+    assert "checkpoint saved" in rows[str(PREEMPTED)]
+    assert "died or stalled" in rows[str(PEER_LOST)]
+    assert f"{128 + signal.SIGINT}, {128 + signal.SIGTERM}" in rows
+
+
+def test_every_slurm_setting_exists() -> None:
+    flags = set(re.findall(r"`(--slurm-\w+|--timeout|--exclude|--comment|--nodes|--ngpus|--cluster)", TEXT))
+    known = {flag for flag in flags if flag in get_run_parser().format_help()}
+    assert flags == known
+    cluster = (ROOT / "dinov3" / "utils" / "cluster.py").read_text()
+    assert all(name in cluster for name in re.findall(r"`(DINOV3_\w+)`", TEXT))
