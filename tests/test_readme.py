@@ -2,10 +2,12 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tests.helpers.source import ROOT
 from tests.test_packaging import EXTRAS
@@ -83,8 +85,18 @@ def _script(words: list[str]) -> Path | None:
 
 
 def _arguments(script: str) -> list[list[str]]:
-    """What the README gives to a script, one list per command."""
-    return [words[words.index(script) + 1 :] for words in COMMANDS if script in words]
+    """What the README gives to a script, one list per command, without what the launcher takes for itself."""
+    from dinov3.run.submit import get_run_parser
+
+    given = []
+    for words in COMMANDS:
+        if script in words:
+            argv = words[words.index(script) + 1 :]
+            if "dinov3.run.submit" in words:
+                launcher, argv = get_run_parser().parse_known_args([script, *argv])
+                argv = [f"--output-dir={launcher.output_dir}", *argv] if launcher.output_dir else argv
+            given.append(argv)
+    return given
 
 
 @pytest.mark.parametrize("argv", _arguments("dinov3/train/train.py"), ids=" ".join)
@@ -95,24 +107,26 @@ def test_training_commands_parse_and_know_every_key(argv: list[str], tmp_path: P
     args = parse_args(argv)
     args.output_dir = str(tmp_path)
     args.config_file = str(ROOT / args.config_file)
-    cfg = get_cfg_from_args(args, strict=True)
+    cfg = get_cfg_from_args(args, multidistillation=args.multi_distillation, strict=not args.multi_distillation)
     for override in args.opts:
         key, _, value = override.partition("=")
-        node = cfg
-        for part in key.split("."):
-            node = node[part]
-        assert str(node) == value
+        assert str(OmegaConf.select(cfg, key)) == value
 
 
-@pytest.mark.parametrize("argv", _arguments("dinov3/eval/knn.py"), ids=" ".join)
-def test_knn_commands_parse(argv: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "config_class"),
+    [("knn", "KnnEvalConfig"), ("linear", "LinearEvalConfig"), ("log_regression", "LogregEvalConfig")],
+)
+def test_evaluation_commands_parse_and_know_every_key(script: str, config_class: str, tmp_path: Path) -> None:
     from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser
-    from dinov3.eval.knn import KnnEvalConfig
 
-    arguments = {**cli_parser(argv), "output_dir": str(tmp_path)}
-    config, _ = args_dict_to_dataclass(arguments, KnnEvalConfig, save_config=False)
-    assert config.train.dataset
-    assert config.eval.test_dataset
+    commands = _arguments(f"dinov3/eval/{script}.py")
+    assert commands
+    for argv in commands:
+        arguments = {**cli_parser(argv), "output_dir": str(tmp_path)}
+        schema = getattr(import_module(f"dinov3.eval.{script}"), config_class)
+        config, _ = args_dict_to_dataclass(arguments, schema, save_config=False)
+        assert config.train.dataset.startswith("ImageNet:split=TRAIN")
 
 
 def test_the_map_shows_every_room() -> None:
