@@ -134,7 +134,9 @@ def make_data_loader(
             advance=sampler_advance,
             skip=start_iteration * batch_size,
         )
-    skipped = getattr(dataset, "skipped", None)
+    skipped: SkippedFiles | None = getattr(dataset, "skipped", None)
+    if skipped is not None and not skipped.is_temporary and not distributed.is_main_process():
+        skipped = None  # all processes write to one file, one tells what is in it
     generator = None
     if draw_seed is not None:
         key = {"draw_seed": draw_seed, "rank": distributed.get_rank(), "batch_size": batch_size}
@@ -153,7 +155,7 @@ def make_data_loader(
         collate_fn=collate_fn,
         worker_init_fn=worker_init_fn,
         generator=generator,
-        skipped=skipped if distributed.is_main_process() else None,
+        skipped=skipped,
     )
 
 

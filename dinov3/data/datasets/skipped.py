@@ -19,6 +19,7 @@ logger = logging.getLogger("dinov3")
 _LOG_PERIOD_S = 600.0
 _FIRST_LOG_S = 30.0
 _N_SHOWN = 5
+_N_SHOWN_WITHOUT_FILE = 200
 T = TypeVar("T")
 
 
@@ -28,12 +29,18 @@ class SkippedFiles:
     Args:
         path: file of the report, one JSON object with `file` and `reason` per line. It appears with the first entry;
             entries of an earlier run stay. None: a temporary file that goes with the process.
+
+    Attributes:
+        is_temporary: whether it is such a file, of this process and its workers alone.
     """
+
+    is_temporary = False
 
     def __init__(self, path: str | Path | None = None) -> None:
         if path is None:
             path = Path(tempfile.gettempdir()) / f"dinov3-skipped-{uuid.uuid4().hex}.jsonl"
             self._removal = weakref.finalize(self, _remove, path, os.getpid())
+            self.is_temporary = True
         self.path = Path(path)
         self._own: set[str] | None = None
 
@@ -41,6 +48,7 @@ class SkippedFiles:
         """Write to another file from now on. To be called before workers start."""
         entries = self.read()
         self.path = Path(path)
+        self.is_temporary = False
         self._own = None
         for name, reason in entries.items():
             self.add(name, reason)
@@ -79,13 +87,12 @@ class SkippedFiles:
         entries = self.read()
         if len(entries) <= already_told:
             return None
-        newest = list(entries.items())[already_told:][:_N_SHOWN]
+        limit = _N_SHOWN_WITHOUT_FILE if self.is_temporary else _N_SHOWN
+        newest = list(entries.items())[already_told:][:limit]
         shown = "; ".join(f"{name}: {reason}" for name, reason in newest)
-        more = ", ..." if len(entries) - already_told > _N_SHOWN else ""
-        return (
-            f"{len(entries)} images can't be read so far, others take their place; {self.path} lists them. "
-            f"New: {shown}{more}"
-        )
+        more = ", ..." if len(entries) - already_told > limit else ""
+        where = "" if self.is_temporary else f"; {self.path} lists them"
+        return f"{len(entries)} images can't be read so far, others take their place{where}. New: {shown}{more}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_removal"}
