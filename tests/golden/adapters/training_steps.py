@@ -214,6 +214,8 @@ def trajectory(case: str, p: Params, tmp_path: Path) -> dict[str, Any]:
         norms = {name: float(metrics.pop(f"{name}_grad_norm")) for name in clip_order}
         scheduled = {name: metrics.pop(name) for name in ("lr", "wd", "mom", "last_layer_lr")}
         assert len(scheduled) == 4
+        for monitor in ("teacher_entropy", "feature_rank"):  # which this package adds
+            metrics.pop(monitor, None)
         metrics["total_loss"] = metrics.pop("total_loss")  # the loop puts it first
         losses.append([float(value) for value in metrics.values()])
         grad_norms.append(list(norms.values()))
