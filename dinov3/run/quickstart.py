@@ -120,7 +120,7 @@ def draw(output_dir: Path, run: FinishedRun, report: dict[str, Any]) -> None:
     path = {name: output_dir / f"{name}.png" for name in PICTURES}
     backbones = {"random backbone": run.random, "trained backbone": run.trained}
     figures.draw_samples(
-        path["samples"], {name: run.train.of_class(label)[:4] for label, name in enumerate(run.class_names)}
+        path["samples"], {name: run.colour.train.of_class(label)[:4] for label, name in enumerate(run.class_names)}
     )
     figures.draw_losses(path["losses"], run.metrics)
     figures.draw_accuracies(
@@ -129,11 +129,11 @@ def draw(output_dir: Path, run: FinishedRun, report: dict[str, Any]) -> None:
         course={int(iteration): accuracy for iteration, accuracy in report["knn_course"].items()},
         chance=report["chance"],
     )
-    queries = run.val.select(run.val.first_of_each_class()[::2])
+    queries = run.grey.val.select(run.grey.val.first_of_each_class()[::2])
     figures.draw_neighbours(
         path["neighbours"],
         queries.files,
-        {name: neighbours_of(backbone, queries, run.train, n=6) for name, backbone in backbones.items()},
+        {name: neighbours_of(backbone, queries, run.grey.train, n=6) for name, backbone in backbones.items()},
     )
     pca, similarity = [], []
     for source in available_photos():

@@ -5,7 +5,7 @@ Nothing here trains or evaluates. Colours mean the same everywhere: grey is the 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def draw_samples(path: Path, examples: Mapping[str, Sequence[Path]], columns: in
 
 
 def draw_neighbours(path: Path, queries: Sequence[Path], found: Mapping[str, Sequence[Sequence[Path]]]) -> None:
-    """Per query image (a row) its nearest training images, in one block of columns per backbone.
+    """Per query image (a row) its nearest training images, in one block of columns per backbone; all in grey.
 
     Frames tell whether a neighbour is in the same folder, that is of the same class, as the query.
     """
@@ -39,14 +39,14 @@ def draw_neighbours(path: Path, queries: Sequence[Path], found: Mapping[str, Seq
     figure, axes = _grid(len(queries), 1 + (n + 1) * len(found), cell=(0.62, 0.62), layout=None)
     figure.subplots_adjust(left=0.005, right=0.995, bottom=0.01, top=0.93, wspace=0.09, hspace=0.09)
     for line, query in zip(axes, queries, strict=True):
-        line[0].imshow(_read(query), interpolation="nearest")
+        line[0].imshow(_read(query, grey=True), interpolation="nearest")
     axes[0, 0].set_title("held out", fontsize=9)
     for block, (name, rows) in enumerate(found.items()):
         first = 2 + block * (n + 1)  # a column stays empty before each block
         axes[0, first].set_title(f"nearest for the {name}", fontsize=9, loc="left")
         for line, query, images in zip(axes, queries, rows, strict=True):
             for one, image in zip(line[first : first + n], images, strict=True):
-                one.imshow(_read(image), interpolation="nearest")
+                one.imshow(_read(image, grey=True), interpolation="nearest")
                 one.spines[:].set(visible=True, linewidth=2.2, color=_GOOD if _same_class(image, query) else _BAD)
     _save(figure, path)
 
@@ -55,11 +55,11 @@ def _same_class(image: Path, other: Path) -> bool:
     return image.parent.name == other.parent.name
 
 
-def _read(path: Path) -> np.ndarray:
+def _read(path: Path, *, grey: bool = False) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image.convert("L" if grey else "RGB").convert("RGB"))
 
 
 def _side_by_side(paths: Sequence[Path], gap: int = 3) -> np.ndarray:
@@ -94,7 +94,7 @@ def draw_accuracies(path: Path, bars: Mapping[str, float], course: Mapping[int, 
     figure, (left, right) = _plots(2, size=(8.6, 3.1), ratios=(1.15, 1))
     drawn = left.bar(list(bars), list(bars.values()), color=[PIXELS, RANDOM, TRAINED], width=0.62)
     left.bar_label(drawn, fmt="%.1f %%", fontsize=10, padding=2)
-    left.set_title("Held-out images classified correctly")
+    left.set_title("Held-out pictures in the right folder")
     right.plot(list(course), list(course.values()), color=TRAINED, marker="o", linewidth=1.8)
     right.set_title("The backbone while it trains")
     right.set_xlabel("iteration")
@@ -194,7 +194,9 @@ def _plots(columns: int, *, size: tuple[float, float], ratios: Sequence[float] |
     return figure, axes
 
 
-def _grid(rows: int, columns: int, *, cell: tuple[float, float], layout: str | None = "constrained") -> tuple[Any, Any]:
+def _grid(
+    rows: int, columns: int, *, cell: tuple[float, float], layout: Literal["constrained"] | None = "constrained"
+) -> tuple[Any, Any]:
     """A figure with pictures, without axes; cells in inches."""
     from matplotlib.figure import Figure
 

@@ -42,10 +42,10 @@ code { background: #eff1f3; border-radius: 4px; padding: 1px 5px; font-size: 14p
 <body>
 <main>
 <h1>A DINOv3 backbone, pretrained in $training_time</h1>
-<p class="lead">A small vision transformer looked at $n_train little pictures, $images_seen times in all,
-<em>without ever being told what they show</em>. The features that it learned put $trained&nbsp;% of pictures that
-it never saw into the right one of $n_classes folders. Before the training it was $random&nbsp;%: a gain of $gain
-points.</p>
+<p class="lead">A small vision transformer looked at $n_train little pictures, $images_seen times in all, <em>without
+ever being told what they show</em>. With the features that it learned, $trained&nbsp;% of pictures that it never saw
+find their way into the right one of $n_classes folders. With those of the untrained network it is
+$random&nbsp;%.</p>
 <div class="tiles">
 <div class="tile"><b>$pixels %</b>with raw pixels</div>
 <div class="tile"><b>$random %</b>with the backbone before the training</div>
@@ -77,13 +77,16 @@ is what is kept.</p>
 
 <section>
 <h2>What the features are good for</h2>
-<p>The backbone is frozen now. To guess the folder of a held-out picture, the $knn_k training pictures with the most
-similar features vote (k-nearest neighbours). Nothing is learned in this step, so the accuracy tells how well the
-features themselves are ordered. Blind guessing would give $chance&nbsp;%.</p>
-<p>A random network is no bad start: it lets colours and coarse texture through. What counts is what the training
-adds to that: <strong>$gain points</strong>.</p>
+<p>The backbone is frozen now. A picture is described by the mean of its patch features. To guess the folder of a
+held-out picture, the $knn_k training pictures with the most similar descriptions vote (k-nearest neighbours). Nothing
+is learned in this step, so the accuracy tells how well the features themselves are ordered. Blind guessing would give
+$chance&nbsp;%.</p>
+<p>For the test all pictures are turned grey. Colours alone give many folders away, to a random network too; without
+them shapes and textures must do. The training adds <strong>$gain points</strong>. With colours it goes from
+$colour_random&nbsp;% to $colour_trained&nbsp;% (raw pixels: $colour_pixels&nbsp;%); in grey, with the class token
+instead of the patches, from $class_token_random&nbsp;% to $class_token_trained&nbsp;%.</p>
 <figure><img src="$accuracy" alt="Accuracy before and after, and during the training">
-<figcaption>Left: all held-out pictures, before and after. Right: the same test along the way.</figcaption></figure>
+<figcaption>Left: the held-out pictures in grey, before and after. Right: the same on the way.</figcaption></figure>
 </section>
 
 <section>
@@ -101,8 +104,8 @@ $image_size &times; $image_size pixels; here it goes over whole photographs, man
 in which the patches of a photograph differ most are shown as red, green and blue: where colours are equal, the
 network finds the patches alike.</p>
 <figure><img src="$pca" alt="Principal components of patch features">
-<figcaption>Principal components of the patch features, for each photograph and backbone anew. The left
-$train_share&nbsp;% of each photograph was in the training set.</figcaption></figure>
+<figcaption>Principal components of the patch features, for each photograph and backbone anew.
+$seen</figcaption></figure>
 </section>
 
 <section>
@@ -153,6 +156,9 @@ def _texts(report: Mapping[str, Any]) -> dict[str, str]:
         "random": f"{report['knn_random']:.1f}",
         "trained": f"{report['knn_trained']:.1f}",
         "gain": f"{report['knn_trained'] - report['knn_random']:.1f}",
+        "class_token_random": f"{report['knn_class_token_random']:.1f}",
+        "class_token_trained": f"{report['knn_class_token_trained']:.1f}",
+        **{f"colour_{which}": f"{report[f'knn_colour_{which}']:.1f}" for which in ("pixels", "random", "trained")},
         "chance": f"{report['chance']:.0f}",
         "knn_k": str(report["knn_k"]),
         "training_time": _in_words(report["seconds_training"]),
@@ -160,6 +166,7 @@ def _texts(report: Mapping[str, Any]) -> dict[str, str]:
         "n_train": f"{report['n_train']:,}",
         "n_val": f"{report['n_val']:,}",
         "n_classes": str(len(report["classes"])),
+        "seen": _seen(report["train_share"]),
         "contents": _contents(report["classes"]),
         "images_seen": f"{report['images_seen']:,}",
         "loss_first": f"{report['loss_first']:.2f}",
@@ -180,6 +187,12 @@ def _contents(classes: Sequence[str]) -> str:
     return text
 
 
+def _seen(train_share: float) -> str:
+    new = [photo.title for photo in available_photos() if not photo.is_class]
+    text = f"Of these photographs the training saw crops of the left {100 * train_share:.0f} %"
+    return f"{text}, and nothing of: {', '.join(new)}." if new else f"{text}."
+
+
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     batches = f"{report['iterations']} iterations of {report['batch_size']} pictures"
     return [
@@ -188,7 +201,10 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{report['arch']}: {report['parameters']:,} parameters, patches of {report['patch_size']} pixels",
         ),
         ("Training", f"{batches}, {report['images_seen']:,} in all, {report['seconds_training']:.0f} seconds"),
-        ("Test", f"k-NN with k = {report['knn_k']} on class tokens, {report['n_val']:,} held-out pictures"),
+        (
+            "Test",
+            f"k-NN with k = {report['knn_k']} on mean patch features, in grey, {report['n_val']:,} held-out pictures",
+        ),
         ("Machine", f"{report['device']}, {report['threads']} threads, PyTorch {report['torch']}"),
         ("Seed", str(report["seed"])),
     ]
