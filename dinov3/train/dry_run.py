@@ -248,7 +248,9 @@ def _extrapolate(run: TrainingRun, granularity: int) -> str:
         if grown > _TRUSTED_GROWTH_MIB or 2 * peak > available or step_s + load_s > _PATIENCE_S:
             break
         size *= 2
-    (first, low), (last, high) = measured[0], measured[-1]
+    if len(measured) == 1:
+        return f"unknown: {size} image(s) take so much memory or time that no more were tried"
+    (first, low), (last, high) = measured[-2:]
     if high <= low:
         return f"{last} or more: memory did not grow"
     slope = (high - low) / (last - first)  # MiB per image
