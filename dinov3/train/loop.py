@@ -5,6 +5,7 @@ computes the same losses as one that was not, bit for bit on a CPU.
 """
 
 import gc
+import itertools
 import json
 import logging
 import math
@@ -131,6 +132,8 @@ class TrainingRun:
         if multi_distillation:  # the frozen teacher is as large as all students together, and can be had elsewhere
             register_dont_save_hooks(model, [key for key in model.state_dict() if key.startswith("teacher.")])
         model.init_weights()
+        if not resume:
+            set_aside(self.output_dir)
         self.start_iteration = self._resume() if resume else 0
         self.last_saved = self.start_iteration - 1
         if distributed.is_subgroup_main_process():
@@ -355,6 +358,18 @@ def average_over_ranks(metrics: Metrics) -> Metrics:
     stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in metrics.values()])
     torch.distributed.all_reduce(stacked, op=torch.distributed.ReduceOp.SUM, group=group)
     return dict(zip(metrics, stacked / distributed.get_world_size(group), strict=True))
+
+
+def set_aside(output_dir: Path) -> None:
+    """Rename checkpoints and metrics of an earlier training in this folder, so that they don't mix with a new one's."""
+    if distributed.is_subgroup_main_process() and (output_dir / "ckpt").exists():
+        number = next(i for i in itertools.count(1) if not (output_dir / f"ckpt_before_{i}").exists())
+        for old in (output_dir / "ckpt", output_dir / "training_metrics.json"):
+            if old.exists():
+                old.rename(old.with_stem(f"{old.stem}_before_{number}"))
+        logger.info("The earlier training's checkpoints are now in %s", output_dir / f"ckpt_before_{number}")
+    if distributed.is_enabled() and distributed.get_subgroup_size() > 1:
+        torch.distributed.barrier(distributed.get_process_subgroup())
 
 
 def drop_rows_from(metrics_file: Path, iteration: int) -> None:

@@ -113,3 +113,13 @@ def test_eval_only_exports_the_newest_checkpoint(arguments: list[str], undisturb
     (undisturbed / "teacher_checkpoint.pth").unlink()
     main(["--eval-only", *with_output(arguments, undisturbed)])
     assert all(torch.equal(exported[key], value) for key, value in teacher(undisturbed).items())
+
+
+def test_a_new_start_keeps_the_earlier_training_apart(arguments: list[str], undisturbed: Path, tmp_path: Path) -> None:
+    main(with_output(arguments, tmp_path))
+    main(["--no-resume", *with_output(arguments, tmp_path, "optim.epochs=2")])
+    assert (tmp_path / "ckpt" / "9" / ".metadata").exists()
+    assert not (tmp_path / "ckpt" / str(N_ITERATIONS - 1)).exists()
+    assert (tmp_path / "ckpt_before_1" / str(N_ITERATIONS - 1) / ".metadata").exists()
+    assert [row["iteration"] for row in losses(tmp_path)] == [0, 9]
+    assert (tmp_path / "training_metrics_before_1.json").exists()
