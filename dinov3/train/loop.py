@@ -147,6 +147,7 @@ class TrainingRun:
         latest = find_latest_checkpoint(self.ckpt_dir)
         if latest is None:
             logger.info("No checkpoint in %s: training starts from its initial weights", self.ckpt_dir)
+            drop_rows_from(self.output_dir / "training_metrics.json", 0)
             return 0
         logger.info("Resuming from %s", latest)
         check_same_student(latest, self.model.student)

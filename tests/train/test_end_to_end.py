@@ -69,6 +69,8 @@ def test_training_leaves_finite_weights_and_every_documented_file(undisturbed: P
 def test_two_trainings_with_the_same_seeds_are_equal_and_with_another_data_seed_are_not(
     arguments: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "same").mkdir()  # as left by a run that was killed before its first checkpoint
+    (tmp_path / "same" / "training_metrics.json").write_text('{"iteration": 0, "total_loss": 1.0}\n')
     main(with_output(arguments, tmp_path / "same"))
     assert_same_training(tmp_path / "same", undisturbed)
     main(with_output(arguments, tmp_path / "other", "train.seed=1"))
