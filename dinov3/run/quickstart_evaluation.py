@@ -206,4 +206,4 @@ def patch_features(backbone: nn.Module, photo: "Image") -> Tensor:
     """Normed features of the patches of a whole photograph, `[D, h, w]` on the CPU."""
     side = min(photo.size)
     image = make_classification_eval_transform(resize_size=side, crop_size=None)(photo)
-    return FrozenFeatures(backbone)(image[None].to(default_device())).layers[-1].map[0].cpu()
+    return FrozenFeatures(backbone, fit="resize")(image[None].to(default_device())).layers[-1].map[0].cpu()

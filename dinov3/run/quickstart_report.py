@@ -47,9 +47,9 @@ ever being told what they show</em>. With the features that it learned, $trained
 find their way into the right one of $n_classes folders. With those of the untrained network it is
 $random&nbsp;%.</p>
 <div class="tiles">
-<div class="tile"><b>$pixels %</b>with raw pixels</div>
-<div class="tile"><b>$random %</b>with the backbone before the training</div>
-<div class="tile main"><b>$trained %</b>with the backbone after the training</div>
+<div class="tile"><b>$pixels %</b>with nothing but the pixels</div>
+<div class="tile"><b>$random %</b>with the network before training</div>
+<div class="tile main"><b>$trained %</b>with the network after training</div>
 </div>
 
 <section>
@@ -130,6 +130,7 @@ $facts
 
 <section>
 <h2>Whose pictures these are</h2>
+<p>With the licences as the packages state them. All are cropped, scaled, and in part turned grey here.</p>
 $credits
 </section>
 </main>
@@ -181,10 +182,10 @@ def _texts(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _contents(classes: Sequence[str]) -> str:
     n_digits = sum(map(is_digit, classes))
-    text = f"{len(classes) - n_digits} with crops of one photograph each"
-    if n_digits:
-        text += f", and {n_digits} with one handwritten digit each, in many hands, at random places and sizes"
-    return text
+    if not n_digits:
+        return "crops of one photograph in each"
+    n_photos = len(classes) - n_digits
+    return f"crops of one photograph in {n_photos}, one digit each, in many hands, places and sizes, in {n_digits}"
 
 
 def _seen(train_share: float) -> str:
@@ -205,7 +206,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             "Test",
             f"k-NN with k = {report['knn_k']} on mean patch features, in grey, {report['n_val']:,} held-out pictures",
         ),
-        ("Machine", f"{report['device']}, {report['threads']} threads, PyTorch {report['torch']}"),
+        ("Machine", f"{report['device']}, threads: {report['threads']}, PyTorch {report['torch']}"),
         ("Seed", str(report["seed"])),
     ]
 
