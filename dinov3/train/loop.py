@@ -32,7 +32,7 @@ from dinov3.data.collate import split_batch
 from dinov3.distributed.stopping import StopRequest
 from dinov3.distributed.watchdog import Watchdog
 from dinov3.fsdp import synchronize_gradients
-from dinov3.logging import MetricLogger
+from dinov3.logging import MetricLogger, SmoothedValue
 from dinov3.logging.sinks import make_sinks
 from dinov3.optim import epochs_to_iterations
 from dinov3.train.export import do_test, write_atomically
@@ -258,6 +258,8 @@ class TrainingRun:
     def after_iteration(self, iteration: int) -> None:
         """Evaluate, export and checkpoint where it is due; export and checkpoint also after the last iteration."""
         if self.online_knn is not None and self.online_knn.is_due(iteration):
+            if "knn_top1" not in self.metric_logger.meters:  # the newest value, not the median of a rare one
+                self.metric_logger.add_meter("knn_top1", SmoothedValue(window_size=1))
             self.metric_logger.update(knn_top1=self.evaluate_online_knn())
         done, last = iteration + 1, iteration + 1 == self.total_iterations
         period = self.cfg.evaluation.eval_period_iterations
