@@ -124,8 +124,8 @@ def training_arguments(images: Path, output_dir: Path, seed: int, overrides: Seq
 def cores_left_to_loaders(overrides: Sequence[str]) -> Iterator[None]:
     """Compute with one thread less for every process that makes crops.
 
-    More threads than cores wait for each other at every operation: with two and a loader on two cores, iterations took
-    four times as long as with one.
+    More threads than cores wait for each other at every operation: on two busy cores, iterations with two threads and
+    two loaders took four times as long as with one of each.
     """
     cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=str(CONFIG), opts=list(overrides)))
     n_threads = torch.get_num_threads()

@@ -58,7 +58,7 @@ $random&nbsp;%.</p>
 downloaded. The training sees the pictures, never the names of the folders.</p>
 <p>$n_val other pictures are held out for the test. They come from the right part of each photograph, the training
 pictures from the left $train_share&nbsp;%, with a gap between: no pixel is in both. To know where a crop of the
-right side belongs, one has to recognise the colours, textures and objects of the left side.</p>
+right side belongs, one has to recognise the textures and things of the left side.</p>
 <figure><img src="$samples" alt="Four training pictures of every folder">
 <figcaption>Four training pictures of every folder.</figcaption></figure>
 </section>
@@ -102,7 +102,8 @@ folder. Red frames: from another one.</p>
 <p>The network describes every patch of $patch_size &times; $patch_size pixels. It was trained on pictures of
 $image_size &times; $image_size pixels; here it goes over whole photographs, many times larger. The three directions
 in which the patches of a photograph differ most are shown as red, green and blue: where colours are equal, the
-network finds the patches alike.</p>
+network finds the patches alike. Colours and edges are in the pictures already, so the random network shows them
+too; compare the columns to see what the training changed.</p>
 <figure><img src="$pca" alt="Principal components of patch features">
 <figcaption>Principal components of the patch features, for each photograph and backbone anew.
 $seen</figcaption></figure>
