@@ -60,6 +60,11 @@ class MetaArch(nn.Module):
         """Give every network its first weights."""
         raise NotImplementedError(f"{type(self).__name__}.init_weights")
 
+    def on_device(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with its tensors on the device of the student."""
+        device = next(self.student.parameters()).device
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in data.items()}
+
     def backprop_loss(self, loss: Tensor) -> None:
         """Backward pass of the total loss."""
         loss.backward()

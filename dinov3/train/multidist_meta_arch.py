@@ -27,8 +27,7 @@ class MultiDistillationMetaArch(SSLMetaArch):
         self, data: Mapping[str, Any], *, teacher_temp: float, iteration: int = 0, **ignored_kwargs: Any
     ) -> tuple[Tensor, Metrics]:
         """One iteration, see `SSLMetaArch.forward_backward`; `data` must hold `global_batch_size`."""
-        device = next(self.student.parameters()).device
-        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in data.items()}
+        batch = self.on_device(data)
         global_crops = batch["collated_global_crops"].unflatten(0, (N_GLOBAL_CROPS, -1))  # [G, B_t, 3, H, W]
         local_crops = batch["collated_local_crops"].unflatten(0, (self.n_local_crops, -1))
         size = int(batch["global_batch_size"])

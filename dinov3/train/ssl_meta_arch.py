@@ -139,8 +139,7 @@ class SSLMetaArch(MetaArch):
         Returns:
             The total loss (scalar) and the metrics, in the order in which they are logged.
         """
-        device = next(self.student.parameters()).device
-        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in data.items()}
+        batch = self.on_device(data)
         n_samples = batch["collated_global_crops"].shape[0] // N_GLOBAL_CROPS
         metrics: Metrics = {
             "local_batch_size": float(n_samples),

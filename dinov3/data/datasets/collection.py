@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dinov3.data.datasets.decoders import Decoder, TargetDecoder, UprightImageDataDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset, UnreadableSampleError
 from dinov3.data.datasets.multichannel import MultiChannelDecoder
@@ -104,3 +106,23 @@ class ImageCollection(ExtendedVisionDataset):
     def _note(self, index: int, error: UnreadableSampleError) -> None:
         if self.skipped.add(self.get_image_relpath(index), repr(error.__cause__)):
             logger.debug(f"{self._place(index)} can't be decoded, another image takes its place: {error.__cause__!r}")
+
+
+class LabelledCollection(ImageCollection):
+    """A collection whose labels are read once. A subclass sets `_targets` and `_class_names`."""
+
+    _targets: np.ndarray | None
+    _class_names: list[str]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Label by class index, if labels are text or named; otherwise empty."""
+        return list(self._class_names)
+
+    def get_target(self, index: int) -> int | None:
+        """Class index of a sample, None without labels."""
+        return None if self._targets is None else int(self._targets[index])
+
+    def get_targets(self) -> np.ndarray | None:
+        """Class indices of all samples, int64 [n]; None without labels."""
+        return self._targets

@@ -5,15 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dinov3.data.datasets.collection import ImageCollection
+from dinov3.data.datasets.collection import LabelledCollection
 from dinov3.data.datasets.image_list import number_labels
 
 logger = logging.getLogger("dinov3")
 
 
-class HuggingFaceDataset(ImageCollection):
+class HuggingFaceDataset(LabelledCollection):
     """A dataset that `datasets.Dataset.save_to_disk` (or `DatasetDict.save_to_disk`) wrote.
 
     Args:
@@ -57,8 +55,8 @@ class HuggingFaceDataset(ImageCollection):
                 f"HuggingFace: {root} has no column {image_column!r} (image_column); "
                 f"its columns: {', '.join(table.column_names)}"
             )
-        self._targets: np.ndarray | None = None
-        self._class_names: list[str] = []
+        self._targets = None
+        self._class_names = []
         if label_column in table.column_names:
             self._targets, self._class_names = number_labels(table.with_format(None)[label_column][:])
             self._class_names = list(getattr(table.features[label_column], "names", None) or self._class_names)
@@ -68,19 +66,6 @@ class HuggingFaceDataset(ImageCollection):
 
     def __len__(self) -> int:
         return len(self._images)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Label by class index, if the dataset names its classes; otherwise empty."""
-        return list(self._class_names)
-
-    def get_target(self, index: int) -> int | None:
-        """Class index of a sample, None without labels."""
-        return None if self._targets is None else int(self._targets[index])
-
-    def get_targets(self) -> np.ndarray | None:
-        """Class indices of all samples, int64 [n]; None without labels."""
-        return self._targets
 
     def get_image_relpath(self, index: int) -> str:
         """The row of a sample."""

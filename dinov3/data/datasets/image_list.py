@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from dinov3.data.datasets.collection import ImageCollection
+from dinov3.data.datasets.collection import LabelledCollection
 from dinov3.data.datasets.packed import PackedStrings
 
 logger = logging.getLogger("dinov3")
 
 
-class ImageList(ImageCollection):
+class ImageList(LabelledCollection):
     """The images that a file names, in its order.
 
     The file is one of
@@ -74,19 +74,6 @@ class ImageList(ImageCollection):
 
     def __len__(self) -> int:
         return len(self._paths)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Label by class index, if labels are text; otherwise empty."""
-        return list(self._class_names)
-
-    def get_target(self, index: int) -> int | None:
-        """Class index of a sample, None without labels."""
-        return None if self._targets is None else int(self._targets[index])
-
-    def get_targets(self) -> np.ndarray | None:
-        """Class indices of all samples, int64 [n]; None without labels."""
-        return self._targets
 
     def get_image_relpath(self, index: int) -> str:
         """Path of a sample as the file gives it."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov3.data.datasets.collection import ImageCollection
+from dinov3.data.datasets.collection import LabelledCollection
 from dinov3.data.datasets.image_list import number_labels
 from dinov3.data.datasets.index_cache import SUFFIXES, cache_folder
 from dinov3.data.datasets.memory_maps import MemoryMaps
@@ -39,7 +39,7 @@ class _Sample(NamedTuple):
     label_size: int  # 0: no label
 
 
-class WebDataset(ImageCollection):
+class WebDataset(LabelledCollection):
     """All samples of the shards, in the order of the sorted shards and of their members.
 
     Members belong to a sample if their paths agree up to the first dot of the file name: `0001.jpg`, `0001.cls`.
@@ -89,19 +89,6 @@ class WebDataset(ImageCollection):
 
     def __len__(self) -> int:
         return len(self._index["numbers"])
-
-    @property
-    def class_names(self) -> list[str]:
-        """Label by class index, if labels are text; otherwise empty."""
-        return list(self._class_names)
-
-    def get_target(self, index: int) -> int | None:
-        """Class index of a sample, None without labels."""
-        return None if self._targets is None else int(self._targets[index])
-
-    def get_targets(self) -> np.ndarray | None:
-        """Class indices of all samples, int64 [n]; None without labels."""
-        return self._targets
 
     def get_image_relpath(self, index: int) -> str:
         """Name of the shard and key of a sample."""
