@@ -106,14 +106,31 @@ class SelfAttention(nn.Module):
 
     def compute_attention(self, qkv: Tensor, rope: RopeTables | None = None) -> Tensor:
         """Attention of `[B, N, 3 * D]` queries, keys and values; returns `[B, N, D]`."""
+        q, k, v = self._split_heads(qkv, rope)
+        dropout = self.attn_drop if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+
+    def attention_weights(self, x: Tensor, rope: RopeTables | None = None) -> Tensor:
+        """How much each token (third axis) looks at each other one (last axis): `[B, num_heads, N, N]`, rows sum to 1.
+
+        For looking at only: `forward` never makes this matrix.
+
+        Args:
+            x: tokens `[B, N, D]`, as `forward` takes them.
+            rope: as for `forward`.
+        """
+        q, k, _ = self._split_heads(self.qkv(x), rope)
+        return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+
+    def _split_heads(self, qkv: Tensor, rope: RopeTables | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both rotated) and values `[B, num_heads, N, d]` of `[B, N, 3 * D]`."""
         B, N, width = qkv.shape
         qkv = qkv.view(B, N, 3, self.num_heads, width // (3 * self.num_heads))  # [B, N, 3, A, d]
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
         if rope is not None:
             qk = _apply_rope(qk, rope)
-        q, k, v = (t.transpose(1, 2) for t in (qk[:, :, 0], qk[:, :, 1], v))  # [B, A, N, d]
-        dropout = self.attn_drop if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+        q, k, v = (t.transpose(1, 2) for t in (qk[:, :, 0], qk[:, :, 1], v))
+        return q, k, v
 
 
 class CausalSelfAttention(nn.Module):
