@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dinov3.utils.dtype import resolve_compute_dtype
 
 logger = logging.getLogger("dinov3")
 
-__all__ = ["ModelConfig", "autocast_context", "load_model_and_context", "setup_and_build_model"]
+__all__ = ["ModelConfig", "autocast_context", "describe_model", "load_model_and_context", "setup_and_build_model"]
 
 
 def load_model_and_context(
@@ -52,15 +53,34 @@ def load_model_and_context(
     return model, {"autocast_dtype": autocast_dtype}
 
 
+def describe_model(model_config: ModelConfig) -> str | dict[str, Any]:
+    """What head files say of the backbone: its name in the hub, or what a training's configuration says of its student.
+
+    Raises:
+        ValueError: neither `dino_hub` nor `config_file`.
+    """
+    if model_config.dino_hub is not None:
+        return model_config.dino_hub
+    if model_config.config_file is None:
+        raise ValueError(f"the backbone has neither a name nor a configuration: {model_config}")
+    from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args
+    from dinov3.models.build import describe_backbone
+
+    config = get_cfg_from_args(DinoV3SetupArgs(config_file=model_config.config_file), strict=False)
+    return describe_backbone(config.student)
+
+
 def _hub_model(name: str, weights: str | None) -> nn.Module:
     """A model of this package's hub, or of the DINOv2 repository; with the released weights unless others are given."""
     if "dinov3" in name:
         from dinov3.hub import backbones
+        from dinov3.hub.loading import load_backbone
+        from dinov3.hub.registry import BACKBONES
 
-        entries = sorted(entry for entry in dir(backbones) if entry.startswith("dinov3_"))
-        if name not in entries:
-            raise ValueError(f"model.dino_hub={name!r} is no backbone of the hub; known: {', '.join(entries)}")
-        entry = getattr(backbones, name)
+        if name not in BACKBONES:
+            known = ", ".join(sorted(BACKBONES))
+            raise ValueError(f"model.dino_hub={name!r} is no backbone of the hub; known: {known}")
+        entry = getattr(backbones, name, partial(load_backbone, name))  # rows of the table may have no function
         model: nn.Module = entry(weights=weights) if weights else entry()
         return model
     if "dinov2" in name:

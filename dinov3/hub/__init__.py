@@ -1,3 +1,7 @@
 """Released models by name. `registry` is the table, `loading` turns a row and a user's wishes into a module,
-`backbones` holds the entry points, `hf` goes to and from Hugging Face.
+`backbones` holds the entry points, `hf` goes to and from Hugging Face, `heads` loads heads that you trained.
 """
+
+from dinov3.hub.heads import load_head
+
+__all__ = ["load_head"]

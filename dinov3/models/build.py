@@ -79,6 +79,12 @@ def build_backbone(
     )
 
 
+def describe_backbone(args: Any) -> dict[str, Any]:
+    """The plain values that `build_backbone` reads of a `student` section, to keep beside what was trained on it."""
+    names = ("arch", "layerscale", "in_chans", "pos_embed_rope_dtype", *_VIT_OPTIONS)
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
 def build_model(
     args: Any,
     only_teacher: bool = False,

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args
+from dinov3.data.photos import available_photos, open_photo
 from dinov3.logging import cleanup_logging, setup_logging
 from dinov3.run import quickstart_figures as figures
 from dinov3.run import quickstart_report
-from dinov3.run.quickstart_data import available_photos, open_photo, write_image_folder
+from dinov3.run.quickstart_data import write_image_folder
 from dinov3.run.quickstart_evaluation import FinishedRun, neighbours_of, patch_features
 from dinov3.train.train import main as train
 

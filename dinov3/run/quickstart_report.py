@@ -7,7 +7,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dinov3.run.quickstart_data import available_photos, is_digit
+from dinov3.data.photos import available_photos
+from dinov3.run.quickstart_data import is_digit
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
