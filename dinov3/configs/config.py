@@ -4,6 +4,7 @@ A configuration is the defaults, overlaid by a file, overlaid by `key=value` ove
 else (lists too) is replaced.
 """
 
+import copy
 import difflib
 import logging
 import os
@@ -22,7 +23,7 @@ import dinov3
 from dinov3 import distributed
 from dinov3.configs import schema
 from dinov3.configs.legacy import LEGACY_DEFAULTS, LEGACY_KEYS, add_legacy_defaults, flatten, is_legacy
-from dinov3.configs.multidistillation import DistillationPlan
+from dinov3.configs.multidistillation import DistillationPlan, StudentPlan
 from dinov3.logging import cleanup_logging, setup_logging
 from dinov3.logging.setup import configured_loggers
 from dinov3.optim import lr_scale
@@ -155,19 +156,40 @@ def _user_layers(args: Any, *, allow_unknown_keys: bool) -> list[DictConfig]:
 
 
 def _load_file(path: str | os.PathLike[str], *, allow_unknown_keys: bool) -> DictConfig:
-    found = _find_file(path)
+    config = _read_yaml(path)
+    _check_keys(config, str(path), allow_unknown_keys=allow_unknown_keys)
+    return config
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> DictConfig:
+    found = find_config_file(path)
     try:
         config = OmegaConf.load(found)
     except Exception as error:  # parsers have error classes of their own
         raise ValueError(f"{path} can't be read as YAML: {error}") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path} holds a list, expected a mapping of sections")
-    _check_keys(config, str(path), allow_unknown_keys=allow_unknown_keys)
     return config
 
 
-def _find_file(path: str | os.PathLike[str]) -> Path:
-    """The file itself, or, for `dinov3/configs/...`, the one that is installed with the package."""
+def load_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The plain values of a YAML file of any schema; `path` as in `find_config_file`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no mapping.
+    """
+    plain = OmegaConf.to_container(_read_yaml(path), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def find_config_file(path: str | os.PathLike[str]) -> Path:
+    """The file itself, or, for `dinov3/...`, the one that is installed with the package.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
     candidates = [Path(path).expanduser()]
     if Path(path).parts[:1] == ("dinov3",):
         candidates.append(Path(dinov3.__file__).parent.joinpath(*Path(path).parts[1:]))
@@ -276,45 +298,80 @@ def exit_job(distributed_enabled: bool = True, logging_enabled: bool = True) -> 
             cleanup_logging(name=name)
 
 
-def setup_multidistillation(args: Any) -> DictConfig:
+def student_configs(args: Any, world_size: int) -> list[DictConfig]:
+    """The configurations of all students of a multi-distillation, before the learning rate is scaled.
+
+    Raises:
+        ValueError: see `setup_multidistillation`.
+    """
+    base, plan = _distillation_plan(args, world_size)
+    return [_student_config(_student_args(args, plan, student, world_size), base) for student in plan.students]
+
+
+def setup_multidistillation(args: Any, *, distributed_timeout: timedelta | None = None) -> DictConfig:
     """Set up the job of a multi-distillation, and return the configuration of this process's student.
 
     The base file `args.config_file` lists the students and their ranks. Every process joins the subgroup of its
     student, and logs and writes into `<args.output_dir>/<student's name>`. Its configuration is the defaults, overlaid
     by the student's file, the base file and the overrides, in this order. `args` is changed accordingly.
 
+    Args:
+        args: see `get_cfg_from_args`.
+        distributed_timeout: of collectives; torch's default if None.
+
     Raises:
         ValueError: the base file doesn't describe a multi-distillation, or it doesn't fit the number of processes.
     """
-    base = get_cfg_from_args(args, multidistillation=True, strict=False)
-    plan = DistillationPlan.from_config(OmegaConf.to_container(base))
     if not args.output_dir:
         raise ValueError("a multi-distillation needs --output-dir: every student gets a folder below it")
     _make_output_dir(Path(args.output_dir))
-    distributed.enable(overwrite=True, nccl_async_error_handling=True, restrict_print_to_main_process=True)
+    distributed.enable(
+        overwrite=True,
+        nccl_async_error_handling=True,
+        restrict_print_to_main_process=True,
+        timeout=distributed_timeout,
+    )
     try:
-        plan.check(distributed.get_world_size())
+        world_size = distributed.get_world_size()
+        base, plan = _distillation_plan(args, world_size)
         distributed.new_subgroups(plan.subgroup_ranks)
         student = plan.student_of(distributed.get_rank())
-        args.output_dir = os.path.join(args.output_dir, student.name)
-        batch_size = plan.global_batch_size // distributed.get_world_size()
-        args.opts = [*(args.opts or []), f"train.batch_size_per_gpu={batch_size}"]
-        args.config_file = str(_find_file(student.config_path).resolve())
+        vars(args).update(vars(_student_args(args, plan, student, world_size)))
 
         os.makedirs(args.output_dir, exist_ok=True)
         setup_logging(output=args.output_dir, level=logging.INFO)
         if "arch" in base.get("student", {}):
             logger.warning("the base file sets student.arch: %s, for every student", base.student.arch)
         fix_random_seeds(getattr(args, "seed", 0) + distributed.get_rank())
-        allow_unknown_keys = _allows_unknown_keys(args)
-        from_file, overrides = _user_layers(args, allow_unknown_keys=allow_unknown_keys)
-        cfg = _with_output_dir(_merge([get_default_config(), from_file, base, overrides]), args.output_dir)
+        cfg = _student_config(args, base)
         if distributed.is_subgroup_main_process():
             write_config(cfg, args.output_dir)
         return apply_scaling_rules_to_cfg(cfg)
     except BaseException:
         exit_job()
         raise
+
+
+def _distillation_plan(args: Any, world_size: int) -> tuple[DictConfig, DistillationPlan]:
+    """What all students share, and which processes train which."""
+    base = get_cfg_from_args(args, multidistillation=True, strict=False)
+    plan = DistillationPlan.from_config(OmegaConf.to_container(base))
+    plan.check(world_size)
+    return base, plan
+
+
+def _student_args(args: Any, plan: DistillationPlan, student: StudentPlan, world_size: int) -> Any:
+    """The arguments as the processes of one student read them."""
+    own = copy.copy(args)
+    own.output_dir = os.path.join(args.output_dir, student.name)
+    own.opts = [*(args.opts or []), f"train.batch_size_per_gpu={plan.global_batch_size // world_size}"]
+    own.config_file = str(find_config_file(student.config_path).resolve())
+    return own
+
+
+def _student_config(args: Any, base: DictConfig) -> DictConfig:
+    from_file, overrides = _user_layers(args, allow_unknown_keys=_allows_unknown_keys(args))
+    return _with_output_dir(_merge([get_default_config(), from_file, base, overrides]), args.output_dir)
 
 
 def _make_output_dir(path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from dinov3 import distributed
 from dinov3.eval.results import save_from_dict
@@ -48,6 +48,20 @@ def run_main(argv: Sequence[str] | None, launcher: Callable[[dict[str, Any]], An
     with job_context(output_dir=eval_args["output_dir"]):
         launcher(eval_args)
     return 0
+
+
+def check_eval_arguments(config_dataclass: type[Any], argv: Sequence[str], n_processes: int) -> None:
+    """Refuse arguments that an evaluation can't read: the launcher asks before it starts any process.
+
+    Scripts offer it as `check_arguments = partial(check_eval_arguments, <their configuration>)`.
+
+    Raises:
+        ValueError: unknown keys, missing or wrong values.
+    """
+    try:
+        args_dict_to_dataclass(cli_parser(argv), config_dataclass, save_config=False)
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error)) from error
 
 
 def cli_parser(argv: Sequence[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from dinov3.data.transforms import CROP_DEFAULT_SIZE, RESIZE_DEFAULT_SIZE, get_t
 from dinov3.eval.config import MISSING, FewShotConfig, ModelConfig, TransformConfig
 from dinov3.eval.data import create_train_dataset_dict, get_num_classes
 from dinov3.eval.features import extract_subsets, on_device_if_it_fits
-from dinov3.eval.helpers import args_dict_to_dataclass, run_main, write_results
+from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.setup import autocast_context, load_model_and_context
 from dinov3.eval.utils import (
@@ -168,6 +168,9 @@ class KnnModule(nn.Module):
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see the module's docstring. Returns 0."""
     return run_main(argv, benchmark_launcher, KnnEvalConfig)
+
+
+check_arguments = partial(check_eval_arguments, KnnEvalConfig)
 
 
 def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:

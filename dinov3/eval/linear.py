@@ -40,7 +40,7 @@ from dinov3.eval.config import MISSING, FewShotConfig, LossType, ModelConfig, Tr
 from dinov3.eval.data import create_train_dataset_dict, get_num_classes
 from dinov3.eval.evaluate import evaluate, make_eval_data_loader
 from dinov3.eval.features import ModelWithIntermediateLayers, module_device
-from dinov3.eval.helpers import args_dict_to_dataclass, run_main, write_results
+from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
 from dinov3.eval.linear_heads import (
     AllClassifiers,
     LinearClassifier,
@@ -93,9 +93,12 @@ class OptimizerType(Enum):
 
     def get_optimizer(self, optim_param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over groups with their own `lr`."""
+        # One kernel per group, where there is one: dozens of heads would otherwise take hundreds of small steps.
+        devices = {parameter.device.type for group in optim_param_groups for parameter in group["params"]}
+        fused = True if devices <= {"cpu", "cuda", "mps"} else None
         if self is OptimizerType.SGD:
-            return torch.optim.SGD(optim_param_groups, momentum=0.9, weight_decay=0)
-        return torch.optim.AdamW(optim_param_groups, weight_decay=0)
+            return torch.optim.SGD(optim_param_groups, momentum=0.9, weight_decay=0, fused=fused)
+        return torch.optim.AdamW(optim_param_groups, weight_decay=0, fused=fused)
 
 
 class SchedulerType(Enum):
@@ -352,18 +355,15 @@ def train_linear_classifiers(
         optional=("scheduler",),
     )
     done = checkpoints.resume(train_config.classifier_fpath) if train_config.resume else 0
-    criterion = nn.CrossEntropyLoss() if train_config.loss_type is LossType.CROSS_ENTROPY else nn.BCEWithLogitsLoss()
     best: list[HeadAccuracy] = []
 
     def step(batch: Any) -> dict[str, Tensor]:
         images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
-        loss = linear_classifiers.loss(feature_model(images), labels.float() if labels.ndim == 2 else labels, criterion)
-        optimizer.zero_grad()
-        loss.backward()
+        loss = linear_classifiers.loss_and_gradients(feature_model(images), labels, train_config.loss_type)
         average_gradients(parameters)
         optimizer.step()
         scheduler.step()
-        return {"loss": loss.detach()}
+        return {"loss": loss}
 
     def evaluate_heads(iteration: int) -> float:
         final = iteration == max_iter
@@ -443,6 +443,9 @@ def _make_loader(dataset: Any, config: TrainConfig, seed: int, done: int) -> Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see the module's docstring. Returns 0."""
     return run_main(argv, benchmark_launcher, LinearEvalConfig)
+
+
+check_arguments = partial(check_eval_arguments, LinearEvalConfig)
 
 
 def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, Any]:

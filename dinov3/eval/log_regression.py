@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -25,7 +26,7 @@ from dinov3.eval.accumulators import ResultsAccumulator
 from dinov3.eval.config import MISSING, FewShotConfig, ModelConfig, TransformConfig
 from dinov3.eval.data import create_train_dataset_dict, get_num_classes, split_train_val_datasets
 from dinov3.eval.features import extract_features, extract_subsets, on_device_if_it_fits
-from dinov3.eval.helpers import args_dict_to_dataclass, run_main, write_results
+from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
 from dinov3.eval.logistic import LogisticModel, LogisticRegression, SklearnLogisticRegression
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.setup import autocast_context, load_model_and_context
@@ -231,6 +232,9 @@ class TryResult(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see the module's docstring. Returns 0."""
     return run_main(argv, benchmark_launcher, LogregEvalConfig)
+
+
+check_arguments = partial(check_eval_arguments, LogregEvalConfig)
 
 
 def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:

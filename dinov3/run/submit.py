@@ -2,11 +2,13 @@
 
     python -m dinov3.run.submit dinov3/train/train.py --nodes 4 --config-file C.yaml --output-dir OUT key=value ...
 
-Arguments that the launcher doesn't know go to the script, in order. `slurm.py` and `local.py` do the work, `job.py` is
-what runs in each process.
+Arguments that the launcher doesn't know go to the script, in order. A script that defines `check_arguments(argv,
+n_processes)` is asked whether it can work with them before anything starts. `slurm.py` and `local.py` do the work,
+`job.py` is what runs in each process.
 """
 
 import argparse
+import ast
 import contextlib
 import logging
 import os
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from dinov3.run.job import CheckpointableSubmitter
 from dinov3.run.slurm import get_shared_folder, submit_jobs
+from dinov3.utils.custom_callable import load_custom_callable
 
 __all__ = [
     "CheckpointableSubmitter",
@@ -92,16 +95,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"there is no file {args.module_path} (working directory: {os.getcwd()})")
     cluster = args.cluster or ("slurm" if shutil.which("sbatch") else "local")
     output_dir = os.path.abspath(args.output_dir or _script_output_dir(script_args) or get_shared_folder() / "%j")
-    with _messages_on_stdout():
-        if cluster == "slurm":
-            return _submit(args, script_args, output_dir, argv)
-        return _run_here(parser, args, script_args, output_dir, argv)
-
-
-def _submit(args: argparse.Namespace, script_args: list[str], output_dir: str, argv: Sequence[str]) -> int:
-    name = f"{Path(args.module_path).stem}:{args.callable_name}"
     module_path = os.path.abspath(args.module_path)
     call = CheckpointableSubmitter(module_path, args.callable_name, script_args, output_dir)
+    n_processes = args.nodes * args.ngpus if cluster == "slurm" else _n_local_processes(parser, args)
+    _check_arguments(parser, call, n_processes)
+    with _messages_on_stdout():
+        if cluster == "slurm":
+            return _submit(args, call, argv)
+        return _run_here(call, n_processes, argv)
+
+
+def _check_arguments(parser: argparse.ArgumentParser, call: CheckpointableSubmitter, n_processes: int) -> None:
+    """Ask the script, if it knows how to: a wrong key shouldn't wait in a queue for its error."""
+    if call.callable_name != "main" or not _defines(call.module_path, "check_arguments"):
+        return
+    try:
+        load_custom_callable(call.module_path, "check_arguments")(call.script_args(), n_processes)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _defines(module_path: str, name: str) -> bool:
+    """Whether a script has such a name at its top level. It isn't run: importing it may need a GPU."""
+    nodes = ast.parse(Path(module_path).read_bytes(), module_path).body
+    functions = [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
+    targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
+    return name in functions or any(isinstance(target, ast.Name) and target.id == name for target in targets)
+
+
+def _submit(args: argparse.Namespace, call: CheckpointableSubmitter, argv: Sequence[str]) -> int:
+    name, output_dir = f"{Path(call.module_path).stem}:{call.callable_name}", call.output_dir
     job = submit_jobs(call, output_dir, args, name)
     folder = output_dir.replace("%j", str(job.job_id))
     logger.info("job %s (%s) is queued on SLURM: squeue -j %s; scancel %s", job.job_id, name, job.job_id, job.job_id)
@@ -111,27 +134,26 @@ def _submit(args: argparse.Namespace, script_args: list[str], output_dir: str, a
     return 0
 
 
-def _run_here(
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    script_args: list[str],
-    output_dir: str,
-    argv: Sequence[str],
-) -> int:
-    from dinov3.run.local import check_n_processes, local_job_id, run_local
+def _n_local_processes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from dinov3.run.local import check_n_processes
 
     if args.nodes != 1:
         parser.error(f"--nodes {args.nodes} needs SLURM, and this is one machine (is `sbatch` on PATH?): --nodes 1")
     try:
-        n_processes = check_n_processes(None if isinstance(args.ngpus, _Default) else args.ngpus)
+        return check_n_processes(None if isinstance(args.ngpus, _Default) else args.ngpus)
     except ValueError as error:
         parser.error(str(error))
-    folder = Path(output_dir.replace("%j", local_job_id()))
+
+
+def _run_here(call: CheckpointableSubmitter, n_processes: int, argv: Sequence[str]) -> int:
+    from dinov3.run.local import local_job_id, run_local
+
+    folder = Path(call.output_dir.replace("%j", local_job_id()))
     logger.info("%d process(es) on this machine", n_processes)
     logger.info("folder: %s", folder)
     logger.info("logs: %s", folder / "logs")
     logger.info("to resume: %s", resume_command(argv, folder))
-    code = run_local(args.module_path, args.callable_name, script_args, folder, n_processes)
+    code = run_local(call.module_path, call.callable_name, call.args, folder, n_processes)
     if code:
         logger.error("exit code %d; to resume: %s", code, resume_command(argv, folder))
     return code

@@ -27,6 +27,8 @@ from dinov3.configs import (
     setup_multidistillation,
 )
 from dinov3.configs.check import check_config
+from dinov3.configs.config import student_configs
+from dinov3.data.registry import parse_dataset_str
 from dinov3.logging import setup_logging
 from dinov3.run.init import job_context
 from dinov3.train.dry_run import dry_run
@@ -123,9 +125,36 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def check_arguments(argv: Sequence[str], n_processes: int) -> None:
+    """Refuse a command line that can't work on so many processes: the launcher asks before it starts any.
+
+    Takes seconds, and neither a device nor a process group: networks are built on the meta device.
+
+    Raises:
+        SystemExit: options that the parser refuses.
+        ValueError: unknown keys, contradictions, an architecture or a data set that doesn't exist.
+        FileNotFoundError: there is no such configuration file.
+    """
+    args = parse_args(argv)
+    multi = args.multi_distillation
+    configs = student_configs(args, n_processes) if multi else [get_cfg_from_args(args, strict=False)]
+    for cfg in configs:
+        check_config(cfg)
+        try:
+            parse_dataset_str(cfg.train.dataset_path)
+        except (AssertionError, KeyError) as error:
+            raise ValueError(f"train.dataset_path: {error}") from error
+        try:
+            _build_on_meta(cfg, multi_distillation=multi)
+        except NotImplementedError as error:
+            raise ValueError(f"student.arch: {error}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says (None: the process's own)."""
     args = parse_args(argv)
+    # Later than the watchdog, which knows more than a collective that ran out of time.
+    timeout = timedelta(seconds=2 * args.stall_timeout)
     if args.dry_run or args.find_batch:
         with job_context(seed=args.seed):
             cfg = apply_scaling_rules_to_cfg(get_cfg_from_args(args, strict=False))
@@ -133,22 +162,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             dry_run(cfg, args, partial(build_meta_arch, multi_distillation=False))
         return
     if args.multi_distillation:
-        cfg = setup_multidistillation(args)
+        cfg = setup_multidistillation(args, distributed_timeout=timeout)
         try:
             _run(cfg, args)
         finally:
             exit_job()
         return
-    # Later than the watchdog, which knows more than a collective that ran out of time.
-    timeout = timedelta(seconds=2 * args.stall_timeout)
     with job_context(output_dir=args.output_dir, seed=args.seed, distributed_timeout=timeout):
         cfg = setup_config(args, strict_cfg=False)
-        setup_logging(output=str(Path(args.output_dir, "nan_logs")), name="nan_logger")
         _run(cfg, args)
 
 
 def _run(cfg: Any, args: argparse.Namespace) -> None:
     check_config(cfg)
+    setup_logging(output=str(Path(args.output_dir, "nan_logs")), name="nan_logger")
     model = build_meta_arch(cfg, multi_distillation=args.multi_distillation)
     if args.eval_only:
         export_newest(cfg, model)
@@ -164,16 +191,20 @@ def build_meta_arch(cfg: Any, *, multi_distillation: bool) -> MetaArch:
     Raises:
         ValueError: `MODEL.META_ARCHITECTURE` is unknown, or doesn't fit `--multi-distillation`.
     """
+    model = _build_on_meta(cfg, multi_distillation=multi_distillation)
+    model.prepare_for_distributed_training()
+    logger.info("%s: %d trained parameters", type(model).__name__, count_parameters(model.student))
+    return model
+
+
+def _build_on_meta(cfg: Any, *, multi_distillation: bool) -> MetaArch:
     name = cfg.MODEL.META_ARCHITECTURE
     if name not in META_ARCHITECTURES:
         raise ValueError(f"MODEL.META_ARCHITECTURE is {name!r}; expected one of {', '.join(META_ARCHITECTURES)}")
     if multi_distillation and name != "MultiDistillationMetaArch":
         raise ValueError(f"--multi-distillation needs MODEL.META_ARCHITECTURE=MultiDistillationMetaArch, got {name}")
     with torch.device("meta"):
-        model = META_ARCHITECTURES[name](cfg)
-    model.prepare_for_distributed_training()
-    logger.info("%s: %d trained parameters", name, count_parameters(model.student))
-    return model
+        return META_ARCHITECTURES[name](cfg)
 
 
 def export_newest(cfg: Any, model: MetaArch) -> None:

@@ -15,6 +15,7 @@ import pytest
 from dinov3.distributed.stopping import PREEMPTED, Stopped
 from dinov3.run import local, slurm, submit
 from dinov3.run.submit import CheckpointableSubmitter, get_run_parser, get_shared_folder, get_submitit_parser, main
+from tests.helpers.source import ROOT
 
 SCRIPT = """
 import logging
@@ -100,6 +101,67 @@ def test_a_script_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main(["nowhere/train.py", "--local"])
     assert "there is no file nowhere/train.py" in capsys.readouterr().err
+
+
+TRAIN, KNN = (str(ROOT / "dinov3" / path) for path in ("train/train.py", "eval/knn.py"))
+RECIPES = "dinov3/configs/train"
+DATA = "train.dataset_path=ImageFolder:root=images"
+TEST_DATA = ["model.dino_hub=dinov3_vits16", "train.dataset=ImageFolder:root=x", "eval.test_dataset=ImageFolder:root=x"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([TRAIN, DATA, "train.batch_size=3"], r"train.batch_size \(did you mean train.batch_size_per_gpu"),
+        ([TRAIN, "--seeed", "1", DATA], "--seeed"),
+        ([TRAIN, DATA, "--seed", "1"], "options must come before the key=value overrides"),
+        ([TRAIN, "--config-file", "nowhere.yaml", DATA], "there is no configuration file nowhere.yaml"),
+        ([TRAIN, DATA, "gram.use_loss=true"], "gram.use_loss needs crops.gram_teacher_crops_size"),
+        ([TRAIN, DATA, "student.arch=vit_smal"], "vit_smal"),
+        ([TRAIN, "train.dataset_path=ImageFolder:rot=x"], "train.dataset_path: .*unknown key .rot."),
+        ([TRAIN, "train.dataset_path=ImagNet:root=x"], "ImagNet"),
+        (
+            [TRAIN, "--config-file", f"{RECIPES}/multi_distillation_test.yaml", "--multi-distillation", DATA],
+            "the students need 8 processes, but 2 were started",
+        ),
+        ([TRAIN, "--config-file", f"{RECIPES}/vitl_im1k_lin834.yaml", "--multi-distillation", DATA], "multidistil"),
+        ([KNN, *TEST_DATA, "train.kss=[1]"], "unknown key 'train.kss' .*did you mean 'train.ks'"),
+        ([KNN, *TEST_DATA, "--batch-size", "3"], "expected key=value"),
+        ([KNN, *TEST_DATA, "train.batch_size=many"], "many"),
+        ([KNN, *TEST_DATA[:2]], "missing mandatory value: test_dataset"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[1:])[-40:],
+)
+@pytest.mark.parametrize("cluster", ["slurm", "local"])
+def test_arguments_that_the_script_cannot_use_are_refused_before_anything_starts(
+    cluster: str, argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--cluster", cluster, "--ngpus", "2", f"--output-dir={tmp_path}/out", *argv])
+    assert caught.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_that_the_script_can_use_pass_without_an_accelerator(
+    launched: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """Networks of any size, data that isn't there, and jobs that need other machines than this one."""
+    from dinov3.train.train import check_arguments
+
+    recipe = ["--config-file", f"{RECIPES}/dinov3_vit7b16_pretrain.yaml", "--output-dir", str(tmp_path / "out")]
+    assert main([TRAIN, "--local", "--ngpus", "1", *recipe, DATA]) == 0
+    assert main([KNN, "--local", "--ngpus", "1", f"output_dir={tmp_path}/out", *TEST_DATA]) == 0
+    assert len(launched) == 2
+    check_arguments(["--config-file", f"{RECIPES}/multi_distillation_test.yaml", "--multi-distillation", DATA], 8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_scripts_that_know_no_check_are_not_run_for_one(launched: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    script = tmp_path / "needs_a_gpu.py"
+    script.write_text("from elsewhere import check_arguments\nraise RuntimeError('no GPU')\n")
+    assert main([str(script), "--local", "--ngpus", "1", "--output-dir", str(tmp_path / "out"), "x"]) == 0
+    assert launched[0][2] == ["x"]
 
 
 @pytest.fixture

@@ -75,6 +75,13 @@ def test_each_student_is_exported_and_measured_in_its_own_folder(trained: Path, 
     assert (trained / name / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("name", STUDENTS)
+def test_each_student_has_its_logs_those_of_losses_that_are_not_finite_too(trained: Path, name: str) -> None:
+    suffix = "" if name == "small" else ".rank1"
+    assert "Training" in (trained / name / "logs" / f"log.txt{suffix}").read_text()
+    assert (trained / name / "nan_logs" / "logs" / f"log.txt{suffix}").exists()
+
+
 def test_the_students_learn_different_things(trained: Path) -> None:
     losses = [rows(trained / name)[-1]["total_loss"] for name in STUDENTS]
     assert losses[0] != losses[1]
