@@ -165,24 +165,52 @@ class FrozenFeatures(nn.Module):
         self.backbone.eval()
         return self
 
-    @torch.no_grad()  # and not inference mode: a sharded model that ran in it first could not be trained later
     def forward(self, images: Tensor) -> Features:
         """Features of images `[B, C, H, W]`, in the dtype that the layers compute in."""
-        stride = self._protocol.stride
-        height, width = images.shape[-2:]
-        valid = images.new_ones((len(images), height // stride, width // stride), dtype=torch.bool)
-        if self.fit == "pad":
-            images, valid = pad_to_patches(images, stride)
-        elif self.fit == "resize":
-            images = resize_to_patches(images, stride)
-            valid = images.new_ones((len(images), *(side // stride for side in images.shape[-2:])), dtype=torch.bool)
-        dtype = resolve_compute_dtype(self.autocast_dtype, images.device)
-        half = dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(images.device.type, dtype=dtype if half else None, enabled=half):
-            outputs = self._protocol.get_intermediate_layers(
-                images, self.indices, reshape=True, return_class_token=True, return_extra_tokens=True, norm=self.norm
-            )
-        return Features(tuple(LayerFeatures(*output) for output in outputs), valid)
+        return frozen_features(
+            self.backbone,
+            images,
+            self.indices,
+            norm=self.norm,
+            autocast_dtype=self.autocast_dtype,
+            fit=self.fit,
+        )
+
+
+@torch.no_grad()  # and not inference mode: a sharded model that ran in it first could not be trained later
+def frozen_features(
+    backbone: nn.Module,
+    images: Tensor,
+    indices: Sequence[int],
+    *,
+    norm: bool = True,
+    autocast_dtype: torch.dtype = torch.float32,
+    fit: Fit = "crop",
+) -> Features:
+    """What `FrozenFeatures` computes, for modules that hold the backbone themselves (and keep it in evaluation mode).
+
+    Args:
+        backbone: a `Backbone`.
+        images: `[B, C, H, W]`.
+        indices: of the blocks.
+        norm, autocast_dtype, fit: see `FrozenFeatures`.
+    """
+    protocol = cast(Backbone, backbone)
+    stride = protocol.stride
+    height, width = images.shape[-2:]
+    valid = images.new_ones((len(images), height // stride, width // stride), dtype=torch.bool)
+    if fit == "pad":
+        images, valid = pad_to_patches(images, stride)
+    elif fit == "resize":
+        images = resize_to_patches(images, stride)
+        valid = images.new_ones((len(images), *(side // stride for side in images.shape[-2:])), dtype=torch.bool)
+    dtype = resolve_compute_dtype(autocast_dtype, images.device)
+    half = dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(images.device.type, dtype=dtype if half else None, enabled=half):
+        outputs = protocol.get_intermediate_layers(
+            images, indices, reshape=True, return_class_token=True, return_extra_tokens=True, norm=norm
+        )
+    return Features(tuple(LayerFeatures(*output) for output in outputs), valid)
 
 
 def _round_up(height: int, width: int, multiple: int) -> tuple[int, int]:

@@ -1,0 +1,167 @@
+"""Segmentation models: a frozen backbone with a head.
+
+`heads/`: the linear head and Mask2Former; `backbone/`: the adapter that gives Mask2Former its scales; `utils/`: parts
+of both. Pure model code: no data, no training.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from dinov3.eval.segmentation.models.heads.linear_head import LinearHead
+from dinov3.models.backbone import Backbone
+from dinov3.models.features import BackboneLayersSet, frozen_features, layer_indices
+from dinov3.utils.device import default_device
+from dinov3.utils.dtype import resolve_compute_dtype
+
+__all__ = [
+    "BackboneLayersSet",
+    "FeatureDecoder",
+    "FrozenLayers",
+    "build_segmentation_decoder",
+]
+
+
+class FrozenLayers(nn.Module):
+    """A frozen backbone as the first part of a decoder: maps of some of its layers.
+
+    Images whose sides are no multiples of the patch are enlarged to the next ones, so that every pixel is seen and
+    predictions lie where the pixels are.
+
+    Args:
+        feature_model: the backbone; its parameters no longer require gradients, and it stays in evaluation mode.
+        indices: of the layers.
+        autocast_dtype: see `frozen_features`.
+        use_cls_token: give pairs of map and class token.
+        use_norm: apply the backbone's final norm.
+    """
+
+    def __init__(
+        self,
+        feature_model: nn.Module,
+        indices: Sequence[int],
+        *,
+        autocast_dtype: torch.dtype = torch.float32,
+        use_cls_token: bool = False,
+        use_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.feature_model = feature_model.requires_grad_(False)
+        self.indices = list(indices)
+        self.autocast_dtype = autocast_dtype
+        self.use_cls_token = use_cls_token
+        self.use_norm = use_norm
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenLayers":
+        """The backbone stays in evaluation mode whatever is asked for."""
+        super().train(mode)
+        self.feature_model.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Any]:
+        """Maps `[B, D, h, w]` of each layer (with `use_cls_token` pairs with `[B, D]`) of images `[B, 3, H, W]`."""
+        features = frozen_features(
+            self.feature_model,
+            images,
+            self.indices,
+            norm=self.use_norm,
+            autocast_dtype=self.autocast_dtype,
+            fit="resize",
+        )
+        return [(layer.map, layer.class_token) if self.use_cls_token else layer.map for layer in features.layers]
+
+
+class FeatureDecoder(nn.Module):
+    """A segmentation model: a part that makes features of images, and a head.
+
+    Args:
+        segmentation_model: the two parts.
+        autocast_ctx: gives the context that both run in.
+    """
+
+    def __init__(
+        self, segmentation_model: nn.ModuleList, autocast_ctx: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        super().__init__()
+        self.segmentation_model = segmentation_model
+        self.autocast_ctx = autocast_ctx
+
+    def forward(self, images: Tensor) -> Any:
+        """What the head returns for images `[B, 3, H, W]`, for training."""
+        features, head = self.segmentation_model
+        with self.autocast_ctx():
+            return head(features(images))
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor, rescale_to: Sequence[int] = (512, 512)) -> Any:
+        """What the head predicts for images `[B, 3, H, W]`, at (height, width) `rescale_to`, without gradients."""
+        features, head = self.segmentation_model
+        with self.autocast_ctx():
+            return cast(Any, head).predict(features(images), rescale_to=rescale_to)
+
+
+def build_segmentation_decoder(
+    backbone_model: nn.Module,
+    backbone_out_layers: BackboneLayersSet = BackboneLayersSet.FOUR_EVEN_INTERVALS,
+    decoder_type: Literal["linear", "m2f"] = "linear",
+    hidden_dim: int = 2048,
+    num_classes: int = 150,
+    dropout: float = 0.1,
+    autocast_dtype: torch.dtype = torch.float32,
+    *,
+    use_batchnorm: bool = True,
+    use_cls_token: bool = False,
+    use_backbone_norm: bool = True,
+) -> FeatureDecoder:
+    """A frozen backbone with a new head.
+
+    Args:
+        backbone_model: a `Backbone`; frozen from now on.
+        backbone_out_layers: layers whose features the head gets.
+        decoder_type: `linear`, or `m2f` for Mask2Former behind a ViT-Adapter.
+        hidden_dim: width of the Mask2Former head.
+        num_classes: number of classes K.
+        dropout: of the linear head.
+        autocast_dtype: to compute in on accelerators; float32: no autocast.
+        use_batchnorm, use_cls_token: of the linear head.
+        use_backbone_norm: apply the backbone's final norm to every layer.
+
+    Raises:
+        ValueError: unknown decoder type, or a backbone that the head can't stand on.
+    """
+    indices = _get_backbone_out_indices(backbone_model, backbone_out_layers)
+    parts: list[nn.Module]
+    if decoder_type == "linear":
+        dims = [cast(Backbone, backbone_model).embed_dims[i] for i in indices]
+        parts = [
+            FrozenLayers(
+                backbone_model,
+                indices,
+                autocast_dtype=autocast_dtype,
+                use_cls_token=use_cls_token,
+                use_norm=use_backbone_norm,
+            ),
+            LinearHead(dims, num_classes, use_batchnorm, use_cls_token, dropout),
+        ]
+    else:
+        raise ValueError(f"decoder_type is 'linear' or 'm2f', got {decoder_type!r}")
+    return FeatureDecoder(nn.ModuleList(parts), _autocast_ctx(autocast_dtype))
+
+
+def _get_backbone_out_indices(
+    model: nn.Module, backbone_out_layers: BackboneLayersSet = BackboneLayersSet.FOUR_EVEN_INTERVALS
+) -> list[int]:
+    """Indices of the layers of a set; a model without `n_blocks` has one layer."""
+    return layer_indices(backbone_out_layers, int(getattr(model, "n_blocks", 1)))
+
+
+def _autocast_ctx(dtype: torch.dtype) -> Callable[[], AbstractContextManager[Any]]:
+    """Autocast on the accelerator of this machine; models on a CPU always compute in float32."""
+    device_type = default_device().type
+    half = resolve_compute_dtype(dtype, device_type) != torch.float32
+    return partial(torch.autocast, device_type, dtype=dtype if half else None, enabled=half)
