@@ -20,11 +20,15 @@ from dinov3.checkpointer import (
     find_all_checkpoints,
     keep_last_n_checkpoints,
 )
+from dinov3.distributed.stopping import StopRequest
+from dinov3.distributed.watchdog import Watchdog
 from dinov3.logging import MetricLogger
 
 logger = logging.getLogger("dinov3")
 
 _FILE, _FINAL, _BEST = "checkpoint.pth", "final", "best"
+# Longest time without progress: an evaluation of a large validation set counts as one piece.
+_STALL_TIMEOUT_S = 2 * 3600.0
 
 
 class Stateful(Protocol):
@@ -70,14 +74,15 @@ class ProbeCheckpoints:
         """Load the newest checkpoint, a finished one first; return the number of iterations that are done.
 
         Args:
-            source: folder of checkpoints to start from; default: the own folder.
+            source: folder of checkpoints to start from, unless the own folder has got further: a job that starts again
+                goes on.
         """
-        folder = self.folder if source is None else Path(source)
-        candidates = [folder / _FINAL / _FILE, *(path / _FILE for path in reversed(find_all_checkpoints(folder)))]
-        newest = next((path for path in candidates if path.exists()), None)
+        folders = [self.folder] if source is None else [self.folder, Path(source)]
+        found = [path for path in map(_newest_checkpoint, folders) if path is not None]
+        newest = max(found, key=_iterations_by_name, default=None)
         if newest is None:
             if source is not None:
-                raise FileNotFoundError(f"{folder} holds no checkpoint (<iteration>/{_FILE} or {_FINAL}/{_FILE})")
+                raise FileNotFoundError(f"{source} holds no checkpoint (<iteration>/{_FILE} or {_FINAL}/{_FILE})")
             return 0
         saved = torch.load(newest, map_location="cpu", weights_only=True)
         done = int(saved["iteration"]) + 1
@@ -120,10 +125,24 @@ class ProbeCheckpoints:
         """Write `final`."""
         self.save(_FINAL, iteration)
 
+    def is_finished(self) -> bool:
+        """Whether `final` is there."""
+        return (self.folder / _FINAL / _FILE).exists()
+
     def clean_up(self) -> None:
         """Delete what the policy doesn't keep."""
         if distributed.is_subgroup_main_process():
             cleanup_checkpoint(self.folder, self.policy)
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    candidates = [folder / _FINAL / _FILE, *(path / _FILE for path in reversed(find_all_checkpoints(folder)))]
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _iterations_by_name(checkpoint: Path) -> float:
+    name = checkpoint.parent.name
+    return float("inf") if name == _FINAL else int(name)
 
 
 def train_probe(
@@ -139,7 +158,9 @@ def train_probe(
 ) -> None:
     """Train to iteration `max_iter`, evaluating and saving on the way; then evaluate once more and clean up.
 
-    An evaluation comes before the checkpoint of the same iteration, which so knows the best accuracy.
+    An evaluation comes before the checkpoint of the same iteration, which so knows the best accuracy. A signal (Ctrl-C,
+    SIGTERM, the one that announces a preemption) ends the training after a checkpoint; a process that dies or stalls is
+    named, and ends the others.
 
     Args:
         step: trains on one batch; returns what is logged.
@@ -150,18 +171,34 @@ def train_probe(
         save_period: iterations between checkpoints.
         evaluate: `evaluate(n)` measures after n + 1 iterations, or finally with n = `max_iter`; returns percent.
         eval_period: iterations between evaluations. The last iteration is evaluated in the end in any case.
+
+    Raises:
+        Stopped: on such a signal; an exit with a code that tells which (`dinov3.distributed.stopping`).
+        PeerLost: another process died or stalled; also an exit.
     """
     metric_logger = MetricLogger(delimiter="  ")
     iterations = metric_logger.log_every(batches, 10, "Training", n_iterations=max_iter, start_iteration=done)
-    for iteration, batch in enumerate(iterations, start=done):
-        metric_logger.update(**step(batch))
-        last = iteration + 1 == max_iter
-        if (iteration + 1) % eval_period == 0 and not last:
-            checkpoints.offer_best(evaluate(iteration), iteration)
-        if (iteration + 1) % save_period == 0 and not last:
-            checkpoints.save_regular(iteration)
+    with StopRequest() as stop, Watchdog(checkpoints.folder / "heartbeats", _STALL_TIMEOUT_S) as watchdog:
+        for iteration, batch in enumerate(iterations, start=done):
+            watchdog.beat(f"computing iteration {iteration}")
+            if stop.agreed():
+                if iteration > done:
+                    checkpoints.save_regular(iteration - 1)
+                stop.leave()
+            metric_logger.update(**step(batch))
+            last = iteration + 1 == max_iter
+            watchdog.beat(f"evaluating and saving after iteration {iteration}")
+            if (iteration + 1) % eval_period == 0 and not last:
+                checkpoints.offer_best(evaluate(iteration), iteration)
+            if (iteration + 1) % save_period == 0 and not last:
+                checkpoints.save_regular(iteration)
+            watchdog.beat(f"loading the batch of iteration {iteration + 1}")
+        # With several processes the first answer is older than a signal that came during the last iteration.
+        if stop.agreed() or stop.agreed():
+            checkpoints.save_regular(max_iter - 1)
+            stop.leave()
     accuracy = evaluate(max_iter)
-    if done < max_iter:
+    if done < max_iter or not checkpoints.is_finished():
         checkpoints.offer_best(accuracy, max_iter - 1)
         checkpoints.finish(max_iter - 1)
     checkpoints.clean_up()

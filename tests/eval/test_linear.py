@@ -1,6 +1,8 @@
 """The linear evaluation: resuming, checkpoints that remain, processes, choosing and testing heads."""
 
 import json
+import shutil
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dinov3 import distributed
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.data import register_dataset
+from dinov3.distributed.stopping import PREEMPTED, Stopped
 from dinov3.eval.config import TransformConfig
 from dinov3.eval.features import ModelWithIntermediateLayers
 from dinov3.eval.helpers import args_dict_to_dataclass
@@ -70,8 +74,13 @@ class _Interrupted(Exception):
     pass
 
 
-def _train(folder: Path, stop_at: int | None = None, **changes: Any) -> tuple[dict[str, Tensor], Any]:
-    """Train two heads for 12 iterations; `stop_at`: the process dies at the start of that step."""
+def _train(
+    folder: Path, stop_at: int | None = None, signal_at: int | None = None, **changes: Any
+) -> tuple[dict[str, Tensor], Any]:
+    """Train two heads for 12 iterations.
+
+    `stop_at`: the process dies at the start of that step; `signal_at`: it gets the signal of a preemption then.
+    """
     config = TrainConfig(
         dataset="-", val_dataset=_offer_vectors(), batch_size=8, num_workers=0, learning_rates=(0.5, 0.05),
         n_last_blocks_list=(1, 2), epochs=3, epoch_length=4,
@@ -88,6 +97,8 @@ def _train(folder: Path, stop_at: int | None = None, **changes: Any) -> tuple[di
             self.steps += torch.is_grad_enabled()
             if stop_at is not None and self.steps == stop_at + 1:
                 raise _Interrupted
+            if torch.is_grad_enabled() and signal_at is not None and self.steps == signal_at + 1:
+                signal.raise_signal(signal.SIGUSR2)
             return super().forward(images)
 
     torch.manual_seed(5)
@@ -115,6 +126,44 @@ def test_an_interrupted_training_ends_where_the_other_does(
     assert best_resumed == best
     for key, value in whole.items():
         assert torch.equal(resumed[key], value), key
+
+
+@pytest.mark.parametrize("stop_at", [0, 5, 10, 11])
+def test_a_training_that_a_signal_stops_saves_and_goes_on(tmp_path: Path, stop_at: int) -> None:
+    whole, best = _train(tmp_path / "whole")
+
+    with pytest.raises(Stopped) as caught:
+        _train(tmp_path / "parts", signal_at=stop_at, save_checkpoint_iterations=100)
+    assert caught.value.code == PREEMPTED
+    saved = sorted(path.name for path in (tmp_path / "parts/checkpoints").glob("[0-9]*"))
+    assert saved == [str(stop_at)]
+    resumed, best_resumed = _train(tmp_path / "parts", save_checkpoint_iterations=100)
+    assert best_resumed == best
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert (tmp_path / "parts/checkpoints/final/checkpoint.pth").exists()
+
+
+def test_a_training_that_starts_again_goes_on_rather_than_back_to_where_it_started_from(tmp_path: Path) -> None:
+    whole, _ = _train(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole/checkpoints/3", tmp_path / "old/3")
+    changes = {"classifier_fpath": str(tmp_path / "old"), "save_checkpoint_iterations": 2}
+    with pytest.raises(_Interrupted):
+        _train(tmp_path / "new", stop_at=3, **changes)  # it has saved iteration 5
+    resumed, _ = _train(tmp_path / "new", stop_at=6, **changes)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def _train_to_a_signal(folder: Path, code: int) -> None:
+    """One of two processes gets the signal; both stop."""
+    with pytest.raises(Stopped) as caught:
+        _train(folder, signal_at=4 if distributed.get_rank() else None)
+    assert caught.value.code == code
+
+
+def test_two_processes_stop_together(tmp_path: Path) -> None:
+    run_distributed(_train_to_a_signal, 2, tmp_path, tmp_path / "out", PREEMPTED)
+    (newest,) = (tmp_path / "out/checkpoints").glob("[4-6]")
+    assert (newest / "checkpoint.pth").exists()
 
 
 def test_files_without_a_scheduler_are_fast_forwarded(tmp_path: Path) -> None:
