@@ -31,6 +31,7 @@ from dinov3.data.datasets import (
     ImageNetSubset,
     ImageNetV2,
     ObjectNet,
+    SegmentationFolder,
     WebDataset,
 )
 
@@ -70,6 +71,10 @@ def _collection(build: Callable[..., Any], *keys: str, required: str = "root") -
     return DatasetEntry(build, (*keys, *_COLLECTION_KEYS), (required,), converters=_COLLECTION_TYPES)
 
 
+# What every `PairFolder` takes.
+_PAIR_KEYS = ("root", "split", "images", "annotations", "ending", "unmatched")
+
+
 def _test_set(build: Callable[..., Any], *keys: str) -> DatasetEntry:
     converters: dict[str, Callable[[str], Any]] = {"restrict": _as_bool, "border": int}
     return DatasetEntry(build, ("root", *keys, "index_cache", "on_error"), ("root",), converters=converters)
@@ -89,6 +94,9 @@ _REGISTRY: dict[str, DatasetEntry] = {
     "CocoCaptions": DatasetEntry(CocoCaptions, ("split", "root"), ("split", "root"), CocoCaptions.Split),
     "ImageFolder": _collection(ImageFolder, "root", "split", "index_cache"),
     "ImageList": _collection(ImageList, "file", "root", "image_column", "label_column", required="file"),
+    "SegmentationFolder": DatasetEntry(
+        SegmentationFolder, (*_PAIR_KEYS, "ignore_index"), ("root",), converters={"ignore_index": int}
+    ),
     "WebDataset": _collection(WebDataset, "root", "label", "index_cache"),
     "HuggingFace": _collection(HuggingFaceDataset, "root", "split", "image_column", "label_column"),
     "ImageNetReaL": _test_set(ImageNetReaL, "real"),

@@ -16,6 +16,7 @@ from dinov3.data.datasets.image_net_variants import (
     ObjectNet,
 )
 from dinov3.data.datasets.nyu import NYU
+from dinov3.data.datasets.segmentation_folder import SegmentationFolder
 from dinov3.data.datasets.web_dataset import WebDataset
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "ImageNetSubset",
     "ImageNetV2",
     "ObjectNet",
+    "SegmentationFolder",
     "WebDataset",
 ]
