@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from dinov3.checkpointer.dont_save import register_dont_save_hooks
     from dinov3.checkpointer.initialize import init_fsdp_model_from_checkpoint, init_model_from_checkpoint_for_evals
     from dinov3.checkpointer.random_state import RandomState
+    from dinov3.checkpointer.saver import CheckpointSaver
 
 _HOMES = {
     "CheckpointRetentionPolicy": "directories",
+    "CheckpointSaver": "saver",
     "RandomState": "random_state",
     "cleanup_checkpoint": "directories",
     "find_all_checkpoints": "directories",
@@ -39,6 +41,7 @@ _HOMES = {
 
 __all__ = [
     "CheckpointRetentionPolicy",
+    "CheckpointSaver",
     "RandomState",
     "cleanup_checkpoint",
     "find_all_checkpoints",

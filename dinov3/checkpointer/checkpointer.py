@@ -7,13 +7,15 @@ activation checkpointing or compilation, and need no process group. Names are th
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -23,11 +25,13 @@ from torch.distributed.checkpoint.state_dict import (
 
 from dinov3 import distributed
 from dinov3.checkpointer import files
-from dinov3.checkpointer.dcp import AliasingWriter, LoadPlanner, SafeReader, clear_errors
+from dinov3.checkpointer.dcp import AliasingWriter, CheckpointError, LoadPlanner, SafeReader, clear_errors
 from dinov3.checkpointer.directories import abandon_saving, begin_saving, finish_saving
 from dinov3.utils.modules import unwrapped_name
 
 logger = logging.getLogger("dinov3")
+
+T = TypeVar("T")
 
 
 def save_checkpoint(
@@ -55,29 +59,73 @@ def save_checkpoint(
         others: objects with `state_dict` and `load_state_dict`, or plain data, by name.
 
     Raises:
-        RuntimeError: the folder exists and `overwrite` is False, or writing failed (a full disk). What was there before
-            is unchanged.
+        CheckpointError: a RuntimeError, in every process of the group: the folder exists and `overwrite` is False, or
+            writing failed (a full disk). What was there before is unchanged.
     """
-    target = Path(ckpt_dir)
+    state = state_to_save(iteration, model, optimizer, **others)
+    write_checkpoint(Path(ckpt_dir), state, overwrite=overwrite, process_group=process_group)
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What goes into a checkpoint.
+
+    Attributes:
+        content: nested state, each tensor once.
+        aliases: further flat name of a tensor -> the one under which `content` has it.
+    """
+
+    content: Mapping[str, Any]
+    aliases: Mapping[str, str]
+
+    def copy_to_cpu(self) -> "SavedState":
+        """A copy that later changes of the model don't reach."""
+        content = {name: _state_of(value) for name, value in self.content.items()}
+        return SavedState(BlockingAsyncStager().stage(content), self.aliases)
+
+
+def _state_of(value: Any) -> Any:
+    return value.state_dict() if hasattr(value, "state_dict") else value
+
+
+def state_to_save(
+    iteration: int | str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **others: Any
+) -> SavedState:
+    """The state to save, without the doubles of tensors that the model holds under several names."""
+    state = _nested_state(model, optimizer)
+    for group in state.get("optimizer", {}).get("param_groups", ()):
+        group.update({key: _plain_number(value) for key, value in group.items()})
+    aliases = {
+        alias: names[-1] for names in _shared_names(model, state["model"]) for alias in names[:-1]
+    }  # the last name is the one that says what it is: `model_ema`, not `teacher`
+    for alias in aliases:
+        del state["model"][alias]
+    content = {"iteration": iteration, **state, **others}
+    return SavedState(content, {f"model.{alias}": f"model.{name}" for alias, name in aliases.items()})
+
+
+def write_checkpoint(
+    target: Path, state: SavedState, *, overwrite: bool = True, process_group: dist.ProcessGroup | None = None
+) -> None:
+    """Write the folder `target`, as `save_checkpoint`."""
+    what = f"cannot save the checkpoint {target}"
 
     def begin() -> None:
         if target.exists() and not overwrite:
-            raise RuntimeError(f"the checkpoint {target} exists already")
+            raise RuntimeError("it exists already")
         begin_saving(target)
 
     temporary = target.with_name(f".saving-{target.name}")
-    _in_main_process(begin, process_group, f"cannot save the checkpoint {target}")
-    state, aliases = _state_to_save(model, optimizer)
-    state = {"iteration": iteration, **state, **others}
-    writer = AliasingWriter(temporary, {f"model.{alias}": f"model.{name}" for alias, name in aliases.items()})
+    in_main_process(begin, process_group, what)
     try:
-        with clear_errors(f"cannot save the checkpoint {target}"):
-            dcp.save(state, storage_writer=writer, process_group=process_group)
-    except RuntimeError:
+        with clear_errors(what, CheckpointError):
+            writer = AliasingWriter(temporary, state.aliases)
+            dcp.save(dict(state.content), storage_writer=writer, process_group=process_group)
+    except CheckpointError:
         if distributed.is_main_process(process_group):
             abandon_saving(temporary)
         raise
-    _in_main_process(lambda: finish_saving(temporary, target), process_group, f"cannot save the checkpoint {target}")
+    in_main_process(lambda: finish_saving(temporary, target), process_group, what)
     logger.info("saved the checkpoint %s", target)
 
 
@@ -153,24 +201,10 @@ def _names_in(folder: Path) -> frozenset[str]:
         raise RuntimeError(f"cannot load the checkpoint {folder}: {error}") from error
 
 
-def _state_to_save(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Nested state of model and optimizer without doubles, and further name -> name of what was left out."""
-    state = _nested_state(model, optimizer)
-    if "optimizer" in state:
-        for group in state["optimizer"]["param_groups"]:
-            group.update({key: _plain_number(value) for key, value in group.items()})
-    aliases = {
-        alias: names[-1] for names in _shared_names(model, state["model"]) for alias in names[:-1]
-    }  # the last name is the one that says what it is: `model_ema`, not `teacher`
-    for alias in aliases:
-        del state["model"][alias]
-    return state, aliases
-
-
 def _state_to_load(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, names: frozenset[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """As `_state_to_save`, but each tensor under the one of its names that the checkpoint has."""
+    """As `state_to_save`, but each tensor under the one of its names that the checkpoint has."""
     state = _nested_state(model, optimizer)
     left_out: dict[str, str] = {}
     for shared in _shared_names(model, state["model"]):
@@ -203,15 +237,21 @@ def _plain_number(value: Any) -> Any:
     return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
 
 
-def _in_main_process(action: Callable[[], Any], group: dist.ProcessGroup | None, what: str) -> None:
-    """Run `action` in rank 0 of the group while the others wait; all of them raise if it fails."""
-    message: list[str | None] = [None]
+def in_main_process(action: Callable[[], T], group: dist.ProcessGroup | None, what: str) -> T:
+    """What `action` returns in rank 0 of the group, in all its processes; it only runs there. Collective.
+
+    Raises:
+        CheckpointError: in all of them, beginning with `what`: the action failed with an OSError or a RuntimeError.
+    """
+    outcome: list[Any] = [None, None]  # error, result
     if distributed.is_main_process(group):
         try:
-            action()
+            outcome[1] = action()
         except (OSError, RuntimeError) as error:
-            message = [f"{what}: {error}"]
+            outcome[0] = f"{what}: {error}"
     if distributed.get_world_size(group) > 1:
-        dist.broadcast_object_list(message, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
-    if message[0] is not None:
-        raise RuntimeError(message[0])
+        dist.broadcast_object_list(outcome, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    if outcome[0] is not None:
+        raise CheckpointError(outcome[0])
+    result: T = outcome[1]
+    return result

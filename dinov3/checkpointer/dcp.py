@@ -21,6 +21,10 @@ from dinov3.checkpointer import files
 logger = logging.getLogger("dinov3")
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint or an export could not be written. All processes of the group get this error."""
+
+
 class AliasingWriter(dcp.FileSystemWriter):
     """Stores a tensor once and lets the index name it more than once.
 
@@ -138,18 +142,18 @@ def _repair_broadcasts_of_torch_2_7() -> None:
 
 
 @contextlib.contextmanager
-def clear_errors(what: str) -> Iterator[None]:
-    """Turn what DCP raises (not an `Exception`) into a RuntimeError that begins with `what`."""
+def clear_errors(what: str, kind: type[RuntimeError] = RuntimeError) -> Iterator[None]:
+    """Turn what DCP raises (not an `Exception`) into an error of a kind, in words that begin with `what`."""
     _repair_broadcasts_of_torch_2_7()
+    # Not `catch_warnings`: checkpoints are saved in a thread, and what that restores belongs to all threads.
+    warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # DCP of torch 2.7 uses it
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
-            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # DCP of torch 2.7 uses it
-            yield
+        yield
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         ranks = f" (rank {rank})" if len(error.failures) < 2 and rank else ""
-        raise RuntimeError(f"{what}{ranks}: {reason or type(reason).__name__}") from error
+        raise kind(f"{what}{ranks}: {reason or type(reason).__name__}") from error
 
 
 def _listed(names: Collection[str], limit: int = 8) -> str:

@@ -8,6 +8,7 @@ and renamed when complete; folders that are on their way in or out have names th
 | `.saving-<name>` | being written, or left behind by a process that was killed |
 | `.replaced-<name>` | the former `<name>`, until the new one is in place |
 | `.deleting-<name>` | being deleted |
+| `<name>_damaged` | could not be loaded when a run continued from an older one |
 """
 
 import contextlib
@@ -84,6 +85,19 @@ def checkpoint_problem(path: Path) -> str | None:
     return None
 
 
+def set_aside_damaged(ckpt_dir: StrPath, used: Path | None) -> None:
+    """Rename the checkpoints that come after the one that is used, which can't be loaded: they no longer count.
+
+    Otherwise they would be among the newest, and `keep_last_n_checkpoints` would delete better ones.
+    """
+    found = find_all_checkpoints(ckpt_dir)
+    for path in found[found.index(used) + 1 if used is not None else 0 :]:
+        aside = path.with_name(f"{path.name.removeprefix(_REPLACED)}_damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        logger.warning("the damaged checkpoint %s is now %s", path, aside.name)
+
+
 # -- Writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +108,7 @@ def begin_saving(target: Path) -> Path:
         OSError: the folder can't be made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _clean_up_after_the_killed(target.parent)
+    clean_up_after_the_killed(target.parent)
     temporary = target.with_name(_SAVING + target.name)
     temporary.mkdir()
     return temporary
@@ -126,7 +140,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _clean_up_after_the_killed(folder: Path) -> None:
+def clean_up_after_the_killed(folder: Path) -> None:
+    """Remove what is unfinished, and restore a checkpoint that was being replaced."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(_REPLACED) and not (original := path.with_name(path.name[len(_REPLACED) :])).exists():
             logger.warning("%s was being replaced when its process ended: restoring it", original)
@@ -159,11 +174,12 @@ def keep_checkpoint_copy(src: StrPath) -> None:
     target = source.with_name(source.name + "_keep")
     temporary = target.with_name(_SAVING + target.name)
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, copy_function=_link_or_copy)
+    shutil.copytree(source, temporary, copy_function=link_or_copy)
     finish_saving(temporary, target)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def link_or_copy(source: StrPath, target: StrPath) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

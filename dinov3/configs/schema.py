@@ -450,6 +450,8 @@ class Checkpointing:
     """Newest checkpoints that are kept; null: all."""
     keep_every: int = 99999999999999999
     """Iterations between checkpoints that are kept for good."""
+    in_background: bool = ABSENT
+    """Write checkpoints beside the training (true), from one more copy of the state in the CPU's memory."""
 
 
 @dataclass

@@ -63,13 +63,13 @@ class Watchdog:
         self._state: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "failed": None}
         self._state |= {"tick": 0, "beats": 0, "doing": "starting", "gives_up": False}
         self._lock = threading.Lock()
+        self._unwritten = False
         self._waited_s = 0.0  # since the last beat; not counting time in which this process was suspended
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
         if self._world_size > 1:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._write()
             dist.barrier()  # from here on, nobody reads a file that another run has left
             self._thread.start()
@@ -119,8 +119,16 @@ class Watchdog:
             self._state["tick"] = self._state["tick"] + 1
             self._state["at"] = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
             partial = self._file(self._rank).with_suffix(".partial")
-            partial.write_text(json.dumps(self._state))
-            os.replace(partial, self._file(self._rank))
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                partial.write_text(json.dumps(self._state))
+                os.replace(partial, self._file(self._rank))
+            except OSError as error:  # a full disk is no reason to end, nor to stop watching
+                if not self._unwritten:
+                    logger.warning("the state of rank %d can't be written: %s", self._rank, error)
+                self._unwritten = True
+            else:
+                self._unwritten = False
 
     # -- What happened ------------------------------------------------------------------------------------------------
 
@@ -161,7 +169,7 @@ class Watchdog:
         for rank in range(self._world_size):
             try:
                 found[rank] = json.loads(self._file(rank).read_text())
-            except FileNotFoundError:
+            except OSError:
                 found[rank] = self._state | {"failed": "ended before the others", "doing": "leaving"}
         return found
 

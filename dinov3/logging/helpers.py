@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from numbers import Real
 from pathlib import Path
@@ -187,7 +187,9 @@ class MetricLogger:
         self.delimiter = delimiter
         self.output_file = output_file
         self.meters: dict[str, SmoothedValue] = {}
-        self.sinks: list[Sink] = [*([] if output_file is None else [JsonLinesSink(output_file)]), *sinks]
+        self._file = None if output_file is None else JsonLinesSink(output_file)
+        self.sinks: list[Sink] = [*([] if self._file is None else [self._file]), *sinks]
+        self._unrecorded: Callable[[], None] | None = None
 
     def update(self, **kwargs: Any) -> None:
         """Append one value to each of the named meters, which are made as needed.
@@ -243,9 +245,10 @@ class MetricLogger:
     ) -> Iterator[T]:
         """Hand on the items of `iterable`; every `print_freq` iterations and after the last, log and store the meters.
 
-        A record is made after the caller's work for an item: `iteration`, `iter_time` and `data_time` (means of the
-        last 20, in seconds), the median of each meter, then `images_per_second` if the batch size is known. The log
-        line also has the time that is left, the share of the time that was spent waiting for data, and the memory.
+        A record is made after the caller's work for an item (or at its end, by `record_now`): `iteration`, `iter_time`
+        and `data_time` (means of the last 20, in seconds), the median of each meter, then `images_per_second` if the
+        batch size is known. The log line also has the time that is left, the share of the time that was spent waiting
+        for data, and the memory.
 
         Args:
             iterable: not asked for more items than are needed.
@@ -262,6 +265,15 @@ class MetricLogger:
         begin = end = time.perf_counter()
         i = start_iteration
         items = iter(iterable)
+
+        def record() -> None:
+            iter_time.update(time.perf_counter() - end)
+            if i % print_freq == 0 or i + 1 == n_iterations:
+                settle(self.meters.values())
+                speed = self._images_per_second(iter_time, images_per_iteration)
+                self._store(i, iter_time, data_time, speed)
+                logger.info(self._line(header, i, n_iterations, iter_time, data_time, speed))
+
         with progress_bar(n_iterations, start_iteration, header) as bar:
             while n_iterations is None or i < n_iterations:
                 try:
@@ -269,19 +281,29 @@ class MetricLogger:
                 except StopIteration:
                     break
                 data_time.update(time.perf_counter() - end)
+                self._unrecorded = record
                 yield item
-                iter_time.update(time.perf_counter() - end)
-                if i % print_freq == 0 or i + 1 == n_iterations:
-                    settle(self.meters.values())
-                    speed = self._images_per_second(iter_time, images_per_iteration)
-                    self._store(i, iter_time, data_time, speed)
-                    logger.info(self._line(header, i, n_iterations, iter_time, data_time, speed))
+                self.record_now()
                 bar.update()
                 i += 1
                 end = time.perf_counter()
         seconds, done = time.perf_counter() - begin, i - start_iteration
         per_iteration = f"{seconds / done:.6f} s / it" if done else "nothing to do"
         logger.info("%s Total time: %s (%s)", header, timedelta(seconds=int(seconds)), per_iteration)
+
+    def record_now(self) -> None:
+        """Make the record of the item that `log_every` has handed out, if one is due, before the next is asked for.
+
+        For callers that then save their state: a record that comes later is lost if the process ends in between.
+        """
+        record, self._unrecorded = self._unrecorded, None
+        if record is not None:
+            record()
+
+    def flush(self) -> None:
+        """Store the records that could not be stored before, if it is possible now."""
+        if self._file is not None:
+            self._file.flush()
 
     def _images_per_second(self, iter_time: SmoothedValue, images_per_iteration: float | None) -> float | None:
         if images_per_iteration is None and "global_batch_size" in self.meters:

@@ -1,5 +1,6 @@
 """Where records of metrics go. A record maps names to numbers, `iteration` first."""
 
+import errno
 import json
 import logging
 import os
@@ -21,20 +22,37 @@ class Sink(Protocol):
 class JsonLinesSink:
     """Appends every record to a file, one JSON object per line.
 
-    The file is opened for each record: it may be removed or rewritten in between. A record that can't be stored (a full
-    disk) is lost with a warning: hours of training are worth more than a line.
+    The file is opened for each record: it may be removed or rewritten in between. Lines that can't be stored (a full
+    disk) wait for the next one, with a warning.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._waiting: list[str] = []
 
     def write(self, record: Mapping[str, float]) -> None:
         """Append one line."""
+        self._waiting.append(json.dumps(record) + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Store the lines that wait, if there are any and it is possible now."""
+        if not self._waiting:
+            return
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            with open(self.path, "ab", buffering=0) as file:
+                size = file.tell()
+                content = "".join(self._waiting).encode()
+                try:
+                    if file.write(content) != len(content):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                except OSError:
+                    file.truncate(size)  # no half of a line
+                    raise
         except OSError as error:
-            logger.warning("the metrics of iteration %s are lost: %s", record.get("iteration"), error)
+            logger.warning("%d lines wait for a place in %s: %s", len(self._waiting), self.path, error)
+        else:
+            self._waiting.clear()
 
 
 class TensorBoardSink:

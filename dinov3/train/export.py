@@ -2,6 +2,7 @@
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from dinov3 import distributed
 from dinov3.checkpointer import save_checkpoint
+from dinov3.checkpointer.checkpointer import in_main_process
+from dinov3.checkpointer.directories import link_or_copy
 from dinov3.models.foreign import ForeignBackbone
 from dinov3.train.meta_arch import MetaArch
 
@@ -35,6 +38,9 @@ def do_test(cfg: Any, model: MetaArch, iteration: str, process_group: Any, do_lo
         iteration: name of the export, `training_<i>`.
         process_group: the group over which the teacher is sharded; all its ranks call this.
         do_low_freq: accepted and unused.
+
+    Raises:
+        CheckpointError: in all ranks: a file could not be written (a full disk). Older exports are unchanged.
     """
     output_dir = Path(cfg.train.output_dir)
     folder = output_dir / "eval" / iteration
@@ -46,19 +52,27 @@ def do_test(cfg: Any, model: MetaArch, iteration: str, process_group: Any, do_lo
             model=model.model_ema,
             process_group=process_group,
         )
-    if not distributed.is_subgroup_main_process():
-        return
+    foreign = isinstance(model.model_ema["backbone"], ForeignBackbone)
+    write = partial(
+        _write_files, teacher, output_dir, folder, sharded=cfg.train.sharded_eval_checkpoint, foreign=foreign
+    )
+    in_main_process(write, process_group, f"cannot export the teacher to {folder}")
+    logger.info("Exported the teacher to %s and %s", folder, output_dir / TEACHER_FILE)
+
+
+def _write_files(
+    teacher: dict[str, torch.Tensor], output_dir: Path, folder: Path, *, sharded: bool, foreign: bool
+) -> None:
     newest = output_dir / TEACHER_FILE
-    if cfg.train.sharded_eval_checkpoint:
+    if sharded:
         write_atomically({"teacher": teacher}, newest)
     else:
         write_atomically({"teacher": teacher}, folder / TEACHER_FILE)
         link_atomically(folder / TEACHER_FILE, newest)
-    if isinstance(model.model_ema["backbone"], ForeignBackbone):
+    if foreign:
         own = {key.removeprefix(_OWN_MODEL): value for key, value in teacher.items() if key.startswith(_OWN_MODEL)}
         write_atomically(own, folder / FOREIGN_FILE)
         link_atomically(folder / FOREIGN_FILE, output_dir / FOREIGN_FILE)
-    logger.info("Exported the teacher to %s and %s", folder, newest)
 
 
 def consolidated_state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -79,16 +93,22 @@ def write_atomically(content: Any, path: Path) -> None:
     """`torch.save` to a temporary neighbour, then rename: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def link_atomically(source: Path, path: Path) -> None:
-    """Make `path` another name of `source`, replacing what was there (hard link: no second copy of the data)."""
+    """Make `path` another name of `source`, replacing what was there; a copy where there are no hard links."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
-    os.link(source, temporary)
-    os.replace(temporary, path)
+    try:
+        link_or_copy(source, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -19,14 +19,17 @@ from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.checkpointer import (
+    CheckpointSaver,
+    RandomState,
     find_latest_checkpoint,
     keep_checkpoint_copy,
     keep_last_n_checkpoints,
     load_checkpoint,
     register_dont_save_hooks,
-    save_checkpoint,
 )
-from dinov3.checkpointer.random_state import RandomState
+from dinov3.checkpointer.checkpointer import in_main_process
+from dinov3.checkpointer.dcp import CheckpointError
+from dinov3.checkpointer.directories import clean_up_after_the_killed, set_aside_damaged
 from dinov3.configs.config import flat_config
 from dinov3.data.collate import split_batch
 from dinov3.distributed.stopping import StopRequest
@@ -52,6 +55,7 @@ LOG_PERIOD = 10
 GARBAGE_COLLECTION_PERIOD = 150
 STALL_TIMEOUT_S = 1800.0
 MAX_NON_FINITE_IN_A_ROW = 2
+MAX_FAILED_SAVES_IN_A_ROW = 2
 
 
 class NonFinitePolicy:
@@ -131,11 +135,15 @@ class TrainingRun:
         self.non_finite = NonFinitePolicy(None if multi_distillation else MAX_NON_FINITE_IN_A_ROW)
         if multi_distillation:  # the frozen teacher is as large as all students together, and can be had elsewhere
             register_dont_save_hooks(model, [key for key in model.state_dict() if key.startswith("teacher.")])
+        self.saver = CheckpointSaver(
+            self.group,
+            in_background=cfg.checkpointing.get("in_background", True),
+            patience=MAX_FAILED_SAVES_IN_A_ROW,
+        )
         model.init_weights()
         if not resume:
             set_aside(self.output_dir)
         self.start_iteration = self._resume() if resume else 0
-        self.last_saved = self.start_iteration - 1
         if distributed.is_subgroup_main_process():
             names = cfg.train.get("sinks", ())
             self.metric_logger.sinks += make_sinks(
@@ -144,7 +152,7 @@ class TrainingRun:
         self.n_gram_updates = model.gram_lifecycle.updates_before(self.start_iteration)
 
     def _resume(self) -> int:
-        latest = find_latest_checkpoint(self.ckpt_dir)
+        latest = in_main_process(self._tidy_checkpoints, self.group, f"cannot look for checkpoints in {self.ckpt_dir}")
         if latest is None:
             logger.info("No checkpoint in %s: training starts from its initial weights", self.ckpt_dir)
             drop_rows_from(self.output_dir / "training_metrics.json", 0)
@@ -164,6 +172,16 @@ class TrainingRun:
             self.model.gram_teacher_initialized = True
         drop_rows_from(self.output_dir / "training_metrics.json", start)
         return start
+
+    def _tidy_checkpoints(self) -> Path | None:
+        """The newest that can be loaded, after what a process that was killed left undone."""
+        if self.ckpt_dir.is_dir():
+            clean_up_after_the_killed(self.ckpt_dir)
+        latest = find_latest_checkpoint(self.ckpt_dir)
+        set_aside_damaged(self.ckpt_dir, latest)
+        if latest is not None and self._is_kept_for_good(int(latest.name)):
+            keep_checkpoint_copy(latest)
+        return latest
 
     def _extra_state(self) -> dict[str, Any]:
         return {
@@ -212,8 +230,12 @@ class TrainingRun:
         if self.non_finite.in_a_row > 1:
             return
         path = self.output_dir / "nan_logs" / f"batch_{iteration}_rank{distributed.get_rank()}.pth"
-        write_atomically(dict(batch), path)
-        logger.warning("The batch of iteration %d is in %s", iteration, path)
+        try:
+            write_atomically(dict(batch), path)
+        except (OSError, RuntimeError) as error:
+            logger.warning("The batch of iteration %d could not be saved: %s", iteration, error)
+        else:
+            logger.warning("The batch of iteration %d is in %s", iteration, path)
 
     def _accumulate(self, iteration: int, batch: Mapping[str, Any], teacher_temp: float) -> tuple[Tensor, Metrics]:
         """Gradients, total loss and metrics as means over the parts in which the batch is computed.
@@ -239,11 +261,11 @@ class TrainingRun:
         """Run from the start iteration to the end, or until a signal asks to stop."""
         # All processes watch each other, those of other students too, whose folders lie beside this one.
         folder = self.output_dir.parent if self.cfg.multidistillation.enabled else self.output_dir
-        with StopRequest() as stop, Watchdog(folder / "heartbeats", stall_timeout_s) as watchdog:
+        with StopRequest() as stop, Watchdog(folder / "heartbeats", stall_timeout_s) as watchdog, self.saver:
             for iteration, batch in self.batches():
                 watchdog.beat(f"computing iteration {iteration}")
                 if stop.agreed():
-                    self.save_before(iteration)
+                    self.ensure_saved(iteration - 1)
                     stop.leave()
                 if (iteration + 1) % GARBAGE_COLLECTION_PERIOD == 0:
                     gc.collect()
@@ -256,47 +278,75 @@ class TrainingRun:
                 watchdog.beat(f"loading the batch of iteration {iteration + 1}")
 
     def after_iteration(self, iteration: int) -> None:
-        """Evaluate, export and checkpoint where it is due; export and checkpoint also after the last iteration."""
+        """Evaluate, record, export and checkpoint where it is due; the latter also after the last iteration."""
         if self.online_knn is not None and self.online_knn.is_due(iteration):
             if "knn_top1" not in self.metric_logger.meters:  # the newest value, not the median of a rare one
                 self.metric_logger.add_meter("knn_top1", SmoothedValue(window_size=1))
             self.metric_logger.update(knn_top1=self.evaluate_online_knn())
-        done, last = iteration + 1, iteration + 1 == self.total_iterations
-        period = self.cfg.evaluation.eval_period_iterations
-        if last or (period > 0 and done % period == 0):
-            do_test(self.cfg, self.model, f"training_{iteration}", self.group)
-        if last or done % self.cfg.checkpointing.period == 0:
+        self.metric_logger.record_now()  # before the checkpoint, after which this iteration isn't done again
+        done, period = iteration + 1, self.cfg.evaluation.eval_period_iterations
+        if done == self.total_iterations:
+            self.save(iteration)
+            self.export(iteration)
+            self.ensure_saved(iteration)
+            return
+        if period > 0 and done % period == 0:
+            try:
+                self.export(iteration)
+            except CheckpointError as error:
+                logger.error("%s; the training goes on", error)
+        if done % self.cfg.checkpointing.period == 0:
             self.save(iteration)
 
     def evaluate_online_knn(self) -> float:
         """Top-1 accuracy of the EMA teacher in percent."""
         assert self.online_knn is not None
+        self.saver.wait()  # its loader starts processes, which should not copy this one while a thread is at work
         accuracy = self.online_knn.evaluate(self.model.model_ema["backbone"], compute_dtype(self.cfg))
         logger.info("Online k-NN of the EMA teacher: %.2f %%", accuracy)
         return accuracy
 
-    def save_before(self, iteration: int) -> None:
-        """Save what the iterations before this one have done, unless that is on disk already."""
-        if self.last_saved != iteration - 1:
-            self.save(iteration - 1)
+    def export(self, iteration: int) -> None:
+        """Write the EMA teacher after an iteration for evaluations."""
+        do_test(self.cfg, self.model, f"training_{iteration}", self.group)
 
     def save(self, iteration: int) -> None:
-        """Write `ckpt/<iteration>`, drop old ones, and keep a permanent copy where `keep_every` asks for it."""
-        path = self.ckpt_dir / str(iteration)
-        self.last_saved = iteration
-        save_checkpoint(
-            path,
+        """Begin to write `ckpt/<iteration>`; then old ones are dropped, and a copy is kept if `keep_every` says so."""
+        self.metric_logger.flush()
+        self.saver.save(
+            self.ckpt_dir / str(iteration),
             iteration=iteration,
             model=self.model,
             optimizer=self.optimizer,
-            process_group=self.group,
+            then=self._retain,
             **self._extra_state(),
         )
-        if not distributed.is_subgroup_main_process():
+
+    def ensure_saved(self, iteration: int) -> None:
+        """Return when the state after an iteration, the newest one, is on disk.
+
+        Raises:
+            CheckpointError: it could not be saved.
+        """
+        path = self.ckpt_dir / str(iteration)
+        self.saver.wait()
+        if iteration < self.start_iteration or self.saver.newest == path:
             return
-        keep_last_n_checkpoints(self.ckpt_dir, self.cfg.checkpointing.max_to_keep)
-        if (iteration + 1) % self.cfg.checkpointing.keep_every == 0:
+        self.save(iteration)
+        self.saver.wait()
+        if self.saver.newest != path:
+            raise CheckpointError(
+                f"the state after iteration {iteration} could not be saved (the reason stands above). When there is "
+                f"space, start the same command again: it goes on from the newest checkpoint in {self.ckpt_dir}"
+            )
+
+    def _retain(self, path: Path) -> None:
+        if self._is_kept_for_good(int(path.name)):
             keep_checkpoint_copy(path)
+        keep_last_n_checkpoints(self.ckpt_dir, self.cfg.checkpointing.max_to_keep)
+
+    def _is_kept_for_good(self, iteration: int) -> bool:
+        return (iteration + 1) % int(self.cfg.checkpointing.keep_every) == 0
 
 
 def do_train(
@@ -315,6 +365,7 @@ def do_train(
     Raises:
         Stopped: on such a signal; an exit with a code that tells which (`dinov3.distributed.stopping`).
         PeerLost: another process died or stalled; also an exit.
+        CheckpointError: the last state or the last export could not be written, or too many checkpoints in a row.
         RuntimeError: the loss was not finite for too many iterations in a row, or memory ran out: then the message says
             what holds it and which settings need less.
     """

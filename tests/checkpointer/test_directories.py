@@ -13,6 +13,7 @@ from dinov3.checkpointer import (
     keep_last_n_checkpoints,
     save_checkpoint,
 )
+from dinov3.checkpointer.directories import set_aside_damaged
 from tests.checkpointer.toy import build
 
 
@@ -54,6 +55,18 @@ def test_unfinished_and_damaged_checkpoints_are_skipped_by_name(
     for message, (name, reason) in zip(skipped, reasons.items(), strict=True):
         assert f"{tmp_path / name}:" in message
         assert reason in message
+
+
+def test_damaged_checkpoints_do_not_count_among_the_newest(tmp_path: Path) -> None:
+    make(tmp_path, "1", "2", "3")
+    (tmp_path / "3" / ".metadata").unlink()
+    set_aside_damaged(tmp_path, find_latest_checkpoint(tmp_path))
+    keep_last_n_checkpoints(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3_damaged"]
+    (tmp_path / "2" / ".metadata").unlink()
+    set_aside_damaged(tmp_path, None)
+    assert find_all_checkpoints(tmp_path) == []
+    set_aside_damaged(tmp_path / "nowhere", None)
 
 
 def test_a_replaced_checkpoint_stands_in_until_the_new_one_is_there(tmp_path: Path) -> None:

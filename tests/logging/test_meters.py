@@ -1,5 +1,7 @@
 import json
 import math
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -135,10 +137,44 @@ def test_log_every_of_something_without_a_length() -> None:
     assert list(metrics.log_every("abc", print_freq=2, n_iterations=5, start_iteration=5)) == []
 
 
-def test_unwritable_metrics_file_warns_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    metrics = MetricLogger(output_file=tmp_path / "missing" / "metrics.json")
-    assert list(metrics.log_every(range(2), 10)) == [0, 1]
-    assert any("metrics of iteration 0 are lost" in message for message in caplog.messages)
+def test_records_that_cannot_be_stored_wait_until_they_can(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "missing"
+    metrics = MetricLogger(output_file=folder / "metrics.json")
+    for i in metrics.log_every(range(4), 1):
+        if i == 2:
+            assert "2 lines wait" in caplog.text
+            folder.mkdir()
+    rows = [json.loads(line)["iteration"] for line in (folder / "metrics.json").read_text().splitlines()]
+    assert rows == [0, 1, 2, 3]
+
+
+def _write_until_full(path: Path) -> str:
+    metrics = MetricLogger(output_file=path)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for i in metrics.log_every(range(30), 1):
+        if i == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, resource.RLIM_INFINITY))
+        if i == 25:
+            assert path.read_text().endswith("}\n"), "half a line"
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return path.read_text()
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    (text,) = run_distributed(_write_until_full, 1, tmp_path, tmp_path / "metrics.json", init_group=False)
+    assert [json.loads(line)["iteration"] for line in text.splitlines()] == list(range(30))
+
+
+def test_a_record_can_be_made_before_the_next_item_is_asked_for(tmp_path: Path) -> None:
+    output = tmp_path / "metrics.json"
+    metrics = MetricLogger(output_file=output)
+    for i in metrics.log_every(range(3), 2):
+        metrics.update(loss=float(i))
+        metrics.record_now()
+        metrics.record_now()
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        assert rows[-1]["iteration"] == i - i % 2
+    assert [(row["iteration"], row["loss"]) for row in rows] == [(0, 0.0), (2, 1.0)]
 
 
 class _Terminal:

@@ -79,6 +79,7 @@ def train(weights: Path, output_dir: Path, first: int, last: int) -> dict[str, A
         metrics = average_over_ranks(run.step(iteration, batch_of_rank(iteration, rank, world)))
         losses.append({name: float(value) for name, value in metrics.items() if "batch_size" not in name})
     run.save(last - 1)
+    run.saver.wait()
     params = dict(run.model.student.named_parameters())
     return {
         "losses": losses,
