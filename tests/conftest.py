@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import tempfile
+from pathlib import Path
 from typing import Any
 
 # Before torch starts its thread pool. Processes that tests start inherit these.
@@ -17,6 +18,8 @@ os.environ.setdefault("DINOV3_CACHE", _cache.name)
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from tests.helpers.wheel import build_wheel  # noqa: E402
 
 _real_connect = socket.socket.connect
 _real_connect_ex = socket.socket.connect_ex
@@ -50,6 +53,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, needed in {"gpu": 1, "multi_gpu": 2}.items():
             if item.get_closest_marker(name) and devices < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} accelerator(s), this machine has {devices}"))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel."""
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """What is installed: requirements say the same everywhere, and the wheel works away from the repository."""
 
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,10 +11,9 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.helpers.images import write_image_folder
 from tests.helpers.source import ROOT
+from tests.helpers.wheel import install_wheel
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
@@ -67,20 +65,6 @@ def test_conda_environment_says_the_same() -> None:
     assert conda == _everything()
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of what it needs (a `build/` of the repository could hold deleted files)."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    shutil.copytree(ROOT / "dinov3", source / "dinov3", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", *PROJECT["license-files"]):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--wheel-dir", str(folder), str(source)], check=True, timeout=200)
-    (built,) = folder.glob("*.whl")
-    return built
-
-
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -110,10 +94,7 @@ def test_the_wheel_trains_and_evaluates_from_another_folder(wheel: Path, tmp_pat
     variables = {"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")}
     site = Path(sysconfig.get_path("purelib", "venv", variables))
     python = Path(sysconfig.get_path("scripts", "venv", variables)) / Path(sys.executable).name
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel],
-        check=True,
-    )
+    install_wheel(wheel, site)
     # A folder added this way brings its packages, not its own .pth files, so not this repository's editable install.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
