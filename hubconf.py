@@ -13,6 +13,7 @@ from dinov3.hub.backbones import (
     dinov3_vits16,
     dinov3_vits16plus,
 )
+from dinov3.hub.dinotxt import dinov3_vitl16_dinotxt_tet1280d20h24l
 
 dependencies = ["torch"]
 
@@ -25,6 +26,7 @@ __all__ = [
     "dinov3_vitb16",
     "dinov3_vith16plus",
     "dinov3_vitl16",
+    "dinov3_vitl16_dinotxt_tet1280d20h24l",
     "dinov3_vitl16plus",
     "dinov3_vits16",
     "dinov3_vits16plus",

@@ -29,10 +29,6 @@ PENDING: dict[str, str] = {
     "dinov3.eval.detection": "9. Detection",
     "dinov3.hub.detectors": "9. Detection",
     "hubconf.dinov3_vit7b16_de": "9. Detection",
-    "dinov3.eval.text": "10. dino.txt",
-    "dinov3.thirdparty": "10. dino.txt",
-    "dinov3.hub.dinotxt": "10. dino.txt",
-    "hubconf.dinov3_vitl16_dinotxt_tet1280d20h24l": "10. dino.txt",
 }
 
 

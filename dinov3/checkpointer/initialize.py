@@ -52,7 +52,7 @@ def init_fsdp_model_from_checkpoint(
     state = {key: value for key, value in state.items() if not any(part in key for part in skipped)}
     own = model.state_dict()
     state = inflate_patch_embedding(state, own)
-    sharded = {key: _like(value, own[key]) if key in own else value for key, value in state.items()}
+    sharded = {key: shard_like(value, own[key]) if key in own else value for key, value in state.items()}
     report = load_weights(model, sharded)
     logger.info("loaded %s: %s", checkpoint_path, report)
 
@@ -96,8 +96,8 @@ def _refuse_more(folder: Path, prefix: str, model: nn.Module) -> None:
         raise ValueError(f"{folder} has {len(unexpected)} tensors that the model lacks: {', '.join(unexpected[:8])}")
 
 
-def _like(value: Tensor, own: Tensor) -> Tensor:
-    """The shard of `value` that this process holds, if `own` is sharded and has this shape."""
+def shard_like(value: Tensor, own: Tensor) -> Tensor:
+    """The shard of `value` that this process holds, if `own` is sharded and has this shape; otherwise `value`."""
     if not isinstance(own, DTensor) or value.shape != own.shape:
         return value
     # Every process has read the file: each cuts out its own part, none is sent.

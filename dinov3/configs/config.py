@@ -107,8 +107,8 @@ def setup_config(args: Any, strict_cfg: bool = True) -> DictConfig:
     return apply_scaling_rules_to_cfg(cfg)
 
 
-def write_config(cfg: DictConfig, output_dir: str | os.PathLike[str], name: str = "config.yaml") -> str:
-    """Log a configuration and save it as a YAML file; returns the file's absolute path."""
+def write_config(cfg: Any, output_dir: str | os.PathLike[str], name: str = "config.yaml") -> str:
+    """Log a configuration (or dataclass) and save it as a YAML file; returns the file's absolute path."""
     logger.info("configuration:\n%s", OmegaConf.to_yaml(cfg))
     path = Path(output_dir, name).resolve()
     temporary = path.with_name(f".{path.name}.tmp")

@@ -3,6 +3,7 @@
 Arguments are OmegaConf's dot-list: `train.ks=[1,5] output_dir=/out`. See `cli_parser` and `args_dict_to_dataclass`.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -58,8 +59,15 @@ def check_eval_arguments(config_dataclass: type[Any], argv: Sequence[str], n_pro
     Raises:
         ValueError: unknown keys, missing or wrong values.
     """
-    try:
+    with as_value_errors():
         args_dict_to_dataclass(cli_parser(argv), config_dataclass, save_config=False)
+
+
+@contextlib.contextmanager
+def as_value_errors() -> Iterator[None]:
+    """Turn the errors of OmegaConf, whatever their classes, into ValueErrors with the same text."""
+    try:
+        yield
     except OmegaConfBaseException as error:
         raise ValueError(str(error)) from error
 

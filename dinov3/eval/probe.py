@@ -155,6 +155,7 @@ def train_probe(
     save_period: int,
     evaluate: Callable[[int], float],
     eval_period: int,
+    metrics_file: Path | None = None,
 ) -> None:
     """Train to iteration `max_iter`, evaluating and saving on the way; then evaluate once more and clean up.
 
@@ -171,12 +172,13 @@ def train_probe(
         save_period: iterations between checkpoints.
         evaluate: `evaluate(n)` measures after n + 1 iterations, or finally with n = `max_iter`; returns percent.
         eval_period: iterations between evaluations. The last iteration is evaluated in the end in any case.
+        metrics_file: JSON lines that log lines are appended to, in numbers.
 
     Raises:
         Stopped: on such a signal; an exit with a code that tells which (`dinov3.distributed.stopping`).
         PeerLost: another process died or stalled; also an exit.
     """
-    metric_logger = MetricLogger(delimiter="  ")
+    metric_logger = MetricLogger(delimiter="  ", output_file=metrics_file)
     iterations = metric_logger.log_every(batches, 10, "Training", n_iterations=max_iter, start_iteration=done)
     with StopRequest() as stop, Watchdog(checkpoints.folder / "heartbeats", _STALL_TIMEOUT_S) as watchdog:
         for iteration, batch in enumerate(iterations, start=done):

@@ -6,7 +6,7 @@ Sees modules and the backbone protocol only, never a model class.
 import dataclasses
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -85,8 +85,24 @@ def ac_compile_parallelize(
 
 def _compile(models: Sequence[nn.ModuleDict], device: torch.device, *, cudagraphs: bool) -> None:
     """Compile each unit of each backbone, and each head, in place (names stay as they are)."""
+    parts = [(name, part) for model in models for name, part in model.items()]
+    units = [unit for name, part in parts if name == "backbone" for unit in units_of(part)]
+    compile_modules(units, [part for name, part in parts if name != "backbone"], device, cudagraphs=cudagraphs)
+
+
+def compile_modules(
+    units: Iterable[nn.Module], others: Iterable[nn.Module], device: torch.device, *, cudagraphs: bool = False
+) -> None:
+    """Compile modules one by one, in place (names stay as they are); on a CPU do nothing.
+
+    Args:
+        units: blocks; with `cudagraphs` they run as CUDA graphs.
+        others: what is compiled without.
+        device: where they will run.
+        cudagraphs: see there.
+    """
     if device.type == "cpu":
-        logger.info("train.compile is ignored on a CPU: training gains nothing there, and compiling takes minutes")
+        logger.info("compilation is left out on a CPU: training gains nothing there, and compiling takes minutes")
         return
     import torch._dynamo
 
@@ -96,38 +112,65 @@ def _compile(models: Sequence[nn.ModuleDict], device: torch.device, *, cudagraph
     options: dict[str, Any] = (
         {"fullgraph": True, "dynamic": False, "options": {"triton.cudagraphs": True}} if cudagraphs else {}
     )
-    for model in models:
-        for name, part in model.items():
-            if name == "backbone":
-                for unit in units_of(part):
-                    unit.compile(**options)
-            else:
-                part.compile()
+    for unit in units:
+        unit.compile(**options)
+    for module in others:
+        module.compile()
 
 
 def _shard(model: nn.ModuleDict, group: dist.ProcessGroup, device: torch.device, precision: Any) -> None:
-    """`fully_shard` per unit, then per part. Parameters stay float32, computation is in `param_dtype`."""
-    reduce_dtype = resolve_compute_dtype(dtype_dict[precision.reduce_dtype], device)
+    """`shard_module` for every part."""
+    for name, part in model.items():
+        is_backbone = name == "backbone"
+        shard_module(
+            part,
+            units_of(part) if is_backbone else (),
+            group,
+            device,
+            param_dtype=precision.param_dtype,
+            reduce_dtype=precision.reduce_dtype,
+            forward_methods=("get_intermediate_layers",) if is_backbone else (),
+        )
+
+
+def shard_module(
+    module: nn.Module,
+    units: Sequence[nn.Module],
+    group: dist.ProcessGroup,
+    device: torch.device,
+    *,
+    param_dtype: str,
+    reduce_dtype: str,
+    forward_methods: Sequence[str] = (),
+) -> None:
+    """`fully_shard` per unit, then for the rest of the module. Parameters stay float32.
+
+    Args:
+        module: still on the meta device.
+        units: parts of it, in forward order.
+        group: the processes to share it among.
+        device: where it will run.
+        param_dtype, reduce_dtype: names of the dtypes to compute and to average gradients in.
+        forward_methods: methods of the module that are called instead of `forward`.
+    """
+    to_reduce = resolve_compute_dtype(dtype_dict[reduce_dtype], device)
     if device.type == "cpu":
         # Of float32 gradients the backend is to take the mean, and gloo of torch 2.7 leaves the sum.
-        reduce_dtype = torch.float64
+        to_reduce = torch.float64
     policy = MixedPrecisionPolicy(
-        param_dtype=resolve_compute_dtype(dtype_dict[precision.param_dtype], device), reduce_dtype=reduce_dtype
+        param_dtype=resolve_compute_dtype(dtype_dict[param_dtype], device), reduce_dtype=to_reduce
     )
-    # Inside a backbone tokens have the right dtype already, and position tables must keep theirs.
+    # Inside a module tokens have the right dtype already, and position tables must keep theirs.
     without_casts = dataclasses.replace(policy, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": DeviceMesh.from_group(group, device.type), "reshard_after_forward": True}
     # Backbones return views (tokens by kind); nothing here works in place on them, which is what torch warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for name, part in model.items():
-        if name == "backbone":
-            units = units_of(part)
-            for unit in units:
-                fully_shard(unit, mp_policy=without_casts, **options)
-            _prefetch_neighbours(units)
-        fully_shard(part, mp_policy=policy, **options)
-        if name == "backbone":
-            register_fsdp_forward_method(part, "get_intermediate_layers")
+    for unit in units:
+        fully_shard(unit, mp_policy=without_casts, **options)
+    _prefetch_neighbours(units)
+    fully_shard(module, mp_policy=policy, **options)
+    for name in forward_methods:
+        register_fsdp_forward_method(module, name)
 
 
 def _reshard_after_forward(model: nn.ModuleDict) -> None:

@@ -148,9 +148,7 @@ class CausalSelfAttentionBlock(nn.Module):
         init_fc_std: float | None = None,
         factor: float = 1.0,
     ) -> None:
-        """Normal weights, norms 1 and 0, layer scales at their initial value.
-
-        The biases of the feed-forward network keep the values of their construction, as in the published model.
+        """Normal weights, zero biases, norms 1 and 0, layer scales at their initial value.
 
         Args:
             init_attn_std: of the query, key and value weights, default dim^-1/2.
@@ -163,6 +161,8 @@ class CausalSelfAttentionBlock(nn.Module):
         self.attention.init_weights(init_attn_std, init_proj_std)
         nn.init.normal_(self.feed_forward.fc1.weight, std=init_fc_std or (2 * self.dim) ** -0.5)
         nn.init.normal_(self.feed_forward.fc2.weight, std=init_proj_std)
+        nn.init.zeros_(self.feed_forward.fc1.bias)
+        nn.init.zeros_(self.feed_forward.fc2.bias)
         for module in (self.attention_norm, self.ffn_norm, self.ls1, self.ls2):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
