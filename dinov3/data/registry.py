@@ -19,6 +19,7 @@ from typing import Any
 from dinov3.data.datasets import (
     ADE20K,
     NYU,
+    CaptionList,
     CocoCaptions,
     HuggingFaceDataset,
     ImageFolder,
@@ -33,6 +34,7 @@ from dinov3.data.datasets import (
     ObjectNet,
     SegmentationFolder,
     WebDataset,
+    WebDatasetCaptions,
 )
 
 # Accepted in every string, as in the published code; `DatasetEntry.check` tells whether the dataset takes them.
@@ -97,7 +99,9 @@ _REGISTRY: dict[str, DatasetEntry] = {
     "SegmentationFolder": DatasetEntry(
         SegmentationFolder, (*_PAIR_KEYS, "ignore_index"), ("root",), converters={"ignore_index": int}
     ),
+    "CaptionList": _collection(CaptionList, "file", "root", "image_column", "caption_column", required="file"),
     "WebDataset": _collection(WebDataset, "root", "label", "index_cache"),
+    "WebDatasetCaptions": _collection(WebDatasetCaptions, "root", "label", "index_cache"),
     "HuggingFace": _collection(HuggingFaceDataset, "root", "split", "image_column", "label_column"),
     "ImageNetReaL": _test_set(ImageNetReaL, "real"),
     "ImageNetV2": _test_set(ImageNetV2),

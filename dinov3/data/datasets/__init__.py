@@ -1,6 +1,7 @@
 """Datasets on disk. To add one: a file here, and a row in `dinov3.data.registry`."""
 
 from dinov3.data.datasets.ade20k import ADE20K
+from dinov3.data.datasets.captions import CaptionList, WebDatasetCaptions
 from dinov3.data.datasets.coco_captions import CocoCaptions
 from dinov3.data.datasets.hugging_face import HuggingFaceDataset
 from dinov3.data.datasets.image_folder import ImageFolder
@@ -22,6 +23,7 @@ from dinov3.data.datasets.web_dataset import WebDataset
 __all__ = [
     "ADE20K",
     "NYU",
+    "CaptionList",
     "CocoCaptions",
     "HuggingFaceDataset",
     "ImageFolder",
@@ -36,4 +38,5 @@ __all__ = [
     "ObjectNet",
     "SegmentationFolder",
     "WebDataset",
+    "WebDatasetCaptions",
 ]

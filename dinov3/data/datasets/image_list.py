@@ -62,15 +62,18 @@ class ImageList(LabelledCollection):
             target_transform=target_transform,
         )
         if not file.is_file():
-            raise FileNotFoundError(f"ImageList: file={file} does not exist")
+            raise FileNotFoundError(f"{type(self).__name__}: file={file} does not exist")
         self._encoded: Any = None
         images, labels = self._read(file, image_column, label_column)
         if len(images) == 0:
-            raise ValueError(f"ImageList: {file} names no image")
-        self._paths = PackedStrings.pack(images)
+            raise ValueError(f"{type(self).__name__}: {file} names no image")
+        self._paths = PackedStrings.pack(self._take(images, labels))
+        logger.info(f"{type(self).__name__}: {len(self)} images in {file}")
+
+    def _take(self, images: list[str], labels: list[Any] | None) -> list[str]:
+        """Keep the labels of the file's rows; returns the images, by index."""
         self._targets, self._class_names = number_labels(labels)
-        labelled = "no labels" if self._targets is None else f"{len(set(self._targets.tolist()))} classes"
-        logger.info(f"ImageList: {len(self)} images in {file}, {labelled}")
+        return images
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -96,7 +99,7 @@ class ImageList(LabelledCollection):
             _require_column(file, image_column, columns, "image_column")
             table = list(rows)
         if any(not row[image_column] for row in table):
-            raise ValueError(f"ImageList: {file} has rows without {image_column}")
+            raise ValueError(f"{type(self).__name__}: {file} has rows without {image_column}")
         labels = [row[label_column] for row in table] if label_column in columns else None
         return [row[image_column] for row in table], labels
 
@@ -104,7 +107,7 @@ class ImageList(LabelledCollection):
         try:
             import pyarrow.parquet as parquet
         except ImportError as error:
-            raise ImportError(f"ImageList: {file} needs pyarrow: pip install 'dinov3[formats]'") from error
+            raise ImportError(f"{type(self).__name__}: {file} needs pyarrow: pip install 'dinov3[formats]'") from error
         columns = parquet.read_schema(file).names
         _require_column(file, image_column, columns, "image_column")
         kept = [column for column in (image_column, label_column) if column in columns]

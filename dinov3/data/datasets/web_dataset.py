@@ -84,8 +84,8 @@ class WebDataset(LabelledCollection):
         self._index = _load_or_build(self._shards, label, suffixes, index_cache)
         if len(self) == 0:
             raise ValueError(f"WebDataset: no image in the {len(self._shards)} shards of {root}")
-        self._targets, self._class_names = self._read_labels(label)
-        logger.info(f"WebDataset: {len(self)} images in {len(self._shards)} shards of {root}")
+        self._take(self._read_labels(label))
+        logger.info(f"{type(self).__name__}: {len(self)} images in {len(self._shards)} shards of {root}")
 
     def __len__(self) -> int:
         return len(self._index["numbers"])
@@ -106,16 +106,20 @@ class WebDataset(LabelledCollection):
             raise ValueError(f"{self._shards[shard]} ends within a sample: it has changed or is truncated")
         return data
 
-    def _read_labels(self, label: str) -> tuple[np.ndarray | None, list[str]]:
+    def _take(self, labels: list[Any] | None) -> None:
+        """Keep the labels of the samples, None for those without."""
+        self._targets, self._class_names = number_labels(labels)
+
+    def _read_labels(self, label: str) -> list[Any] | None:
         where = self._index["numbers"]
         if not where[:, 4].any():
-            return None, []
+            return None
         field = label.partition(":")[2]
         labels: list[Any] = []
         for shard, _, _, offset, size in where.tolist():
             text = self._bytes(shard, offset, min(size, _MAX_LABEL_BYTES)).decode().strip() if size else None
             labels.append(json.loads(text)[field] if text is not None and field else text)
-        return number_labels(labels)
+        return labels
 
 
 def _find_shards(root: str | Path) -> list[Path]:

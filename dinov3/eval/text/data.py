@@ -26,9 +26,10 @@ class CaptionCollate:
 
     def __call__(self, pairs: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
         captions = [caption for _, caption in pairs]
-        if wrong := next((caption for caption in captions if not isinstance(caption, str)), None):
+        wrong = [caption for caption in captions if not isinstance(caption, str)]
+        if wrong:
             raise ValueError(
-                f"got the target {wrong!r}, expected a caption: the data set must give (image, text) pairs, as "
+                f"got the target {wrong[0]!r}, expected a caption: the data set must give (image, text) pairs, as "
                 "CocoCaptions, CaptionList and WebDatasetCaptions do"
             )
         images = torch.stack([image for image, _ in pairs])

@@ -160,9 +160,15 @@ class DINOTxt(nn.Module):
     def forward(self, image: Tensor, text: Tensor) -> DINOTxtOutput:
         """What the contrastive and the Gram loss compare, of images `[B, 3, H, W]` and token ids `[B, N]`."""
         image_features, patch_tokens, backbone_patch_tokens = self.encode_image_with_patch_tokens(image)
-        # Not in bfloat16, whatever the towers compute in: similarities are multiplied by up to 100.
-        image_features, text_features = (F.normalize(x.float(), dim=-1) for x in (image_features, self.encode_text(text)))
-        return DINOTxtOutput(image_features, text_features, self.logit_scale.exp(), patch_tokens, backbone_patch_tokens)
+        text_features = self.encode_text(text)
+        return DINOTxtOutput(
+            # Not in bfloat16, whatever the towers compute in: similarities are multiplied by up to 100.
+            F.normalize(image_features.float(), dim=-1),
+            F.normalize(text_features.float(), dim=-1),
+            self.logit_scale.exp(),
+            patch_tokens,
+            backbone_patch_tokens,
+        )
 
 
 def _normalized(features: Tensor, wanted: bool) -> Tensor:
