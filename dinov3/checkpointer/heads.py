@@ -68,6 +68,17 @@ def save_head(path: str | os.PathLike[str], head_file: HeadFile) -> Path:
     return path
 
 
+def is_head_file(path: str | os.PathLike[str]) -> bool:
+    """Whether `read_head` can read this file, or this folder."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        return (file / HEAD_FILE).is_file()
+    if not file.is_file():
+        return False
+    content = read_file(file)
+    return isinstance(content, dict) and content.get("format") == _FORMAT
+
+
 def read_head(path: str | os.PathLike[str]) -> HeadFile:
     """The content of a head file, on the CPU. No code in a file is ever run.
 

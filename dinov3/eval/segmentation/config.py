@@ -28,7 +28,7 @@ class ModelDtype(Enum):
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, and the bound of the gradient's norm."""
+    """AdamW, and the bound of the gradient's norm. Norms and embeddings of Mask2Former have no weight decay."""
 
     lr: float = 1e-3
     beta1: float = 0.9
@@ -112,11 +112,33 @@ class TransformsConfig:
 
 
 @dataclass
+class Mask2FormerLossConfig:
+    """Losses of Mask2Former, and the costs that its queries are assigned to segments by; see `mask2former_loss`."""
+
+    class_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    no_object_weight: float = 0.1
+    """Weight of queries without segment in the classification."""
+    n_points: int = 12544
+    """Points that masks are compared at, 112 * 112."""
+    oversample_ratio: float = 3.0
+    """So many times more points are looked at, to find uncertain ones."""
+    importance_sample_ratio: float = 0.75
+    """Part of the points that are the least certain ones."""
+
+
+@dataclass
 class TrainConfig:
-    """Losses of the linear head; dice replaces cross-entropy when its weight is positive."""
+    """Losses, and what is saved. Dice replaces cross-entropy (linear head) when its weight is positive."""
 
     diceloss_weight: float = 0.0
     celoss_weight: float = 1.0
+    m2f: Mask2FormerLossConfig = field(default_factory=Mask2FormerLossConfig)
+    checkpoint_interval: int | None = None
+    """Training steps between checkpoints; None: `eval.eval_interval`."""
+    resume: bool = True
+    """Go on from the newest checkpoint in the output folder."""
 
 
 @dataclass
@@ -137,11 +159,13 @@ class EvalConfig:
     """Training steps between evaluations."""
     use_tta: bool = False
     """Average over the sizes `transforms.eval.tta_ratios` and their mirror images."""
+    n_pictures: int = 8
+    """Images of the validation set to draw in the end: image, truth, prediction."""
 
 
 @dataclass
 class SegmentationConfig:
-    """Training of a linear head, or evaluation of a trained one with `load_from`."""
+    """Training of a head, or evaluation of a trained one with `load_from`."""
 
     model: ModelConfig | None = None
     """The frozen backbone; may be absent with `load_from=dinov3_vit7b16_ms`."""

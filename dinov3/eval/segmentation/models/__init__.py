@@ -4,7 +4,7 @@
 of both. Pure model code: no data, no training.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, cast
@@ -12,17 +12,22 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from dinov3.checkpointer.heads import HeadFile
+from dinov3.checkpointer.weights import load_weights
 from dinov3.eval.segmentation.models.heads.linear_head import LinearHead
 from dinov3.models.backbone import Backbone
 from dinov3.models.features import BackboneLayersSet, frozen_features, layer_indices
 from dinov3.utils.device import default_device
-from dinov3.utils.dtype import resolve_compute_dtype
+from dinov3.utils.dtype import as_torch_dtype, resolve_compute_dtype
 
 __all__ = [
     "BackboneLayersSet",
     "FeatureDecoder",
     "FrozenLayers",
+    "build_from_head",
     "build_segmentation_decoder",
+    "head_state",
+    "load_head_state",
 ]
 
 
@@ -151,6 +156,40 @@ def build_segmentation_decoder(
     else:
         raise ValueError(f"decoder_type is 'linear' or 'm2f', got {decoder_type!r}")
     return FeatureDecoder(nn.ModuleList(parts), _autocast_ctx(autocast_dtype))
+
+
+# Where the frozen backbone is in decoders with a linear head, and with Mask2Former.
+_BACKBONES = ("segmentation_model.0.feature_model", "segmentation_model.0.backbone")
+
+
+def head_state(decoder: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a decoder that are not its backbone's: what is trained, and released, as a head."""
+    prefixes = tuple(f"{name}." for name in _BACKBONES)
+    return {key: value for key, value in decoder.state_dict().items() if not key.startswith(prefixes)}
+
+
+def load_head_state(decoder: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a head's tensors, and the backbone's if they are there.
+
+    Raises:
+        ValueError: a tensor of the head is missing, or one is unknown or of another shape.
+    """
+    load_weights(decoder, state, allow_missing=_BACKBONES)
+
+
+def build_from_head(backbone: nn.Module, head_file: HeadFile) -> FeatureDecoder:
+    """The segmentation model of a head file, in evaluation mode, on the backbone's device.
+
+    Raises:
+        ValueError: the head doesn't fit the backbone.
+    """
+    options = dict(head_file.config["decoder"])
+    options["backbone_out_layers"] = BackboneLayersSet(options["backbone_out_layers"])
+    dtype = as_torch_dtype(options.pop("autocast_dtype"))
+    decoder = build_segmentation_decoder(backbone, autocast_dtype=dtype, **options)
+    load_head_state(decoder, head_file.head)
+    device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+    return decoder.to(device).eval()
 
 
 def _get_backbone_out_indices(
