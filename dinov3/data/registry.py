@@ -167,12 +167,8 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
     return name, kwargs
 
 
-def build_dataset(dataset_str: str, **transforms: Any) -> Any:
-    """The dataset that a string names.
-
-    Args:
-        dataset_str: see `parse_dataset_str`.
-        **transforms: `transform`, `target_transform`, `transforms`.
+def check_dataset_str(dataset_str: str) -> tuple[DatasetEntry, dict[str, Any]]:
+    """The entry that a string names, and all the arguments it needs; the data need not be there.
 
     Raises:
         TypeError: the dataset doesn't take a key, or needs one that isn't there; besides those of `parse_dataset_str`.
@@ -185,6 +181,20 @@ def build_dataset(dataset_str: str, **transforms: Any) -> Any:
     if missing := [key for key in entry.required if key not in kwargs]:
         example = ":".join([name, *(f"{key}=<{key.upper()}>" for key in entry.required)])
         raise TypeError(f"dataset {name} needs {' and '.join(missing)} (in {dataset_str!r}): write {example}")
+    return entry, kwargs
+
+
+def build_dataset(dataset_str: str, **transforms: Any) -> Any:
+    """The dataset that a string names.
+
+    Args:
+        dataset_str: see `parse_dataset_str`.
+        **transforms: `transform`, `target_transform`, `transforms`.
+
+    Raises:
+        TypeError, ValueError, AssertionError, KeyError: see `check_dataset_str`.
+    """
+    entry, kwargs = check_dataset_str(dataset_str)
     return entry.build(**kwargs, **transforms)
 
 

@@ -61,14 +61,17 @@ def build_schedulers_v2(cfg: Any) -> TrainingSchedules:
 
     batch_size = cfg.train.batch_size_per_gpu * distributed.get_world_size()
     scale = lr_scale(cfg.optim.scaling_rule, batch_size)
+    lr = build("lr", scale)
     logger.info(
-        "Learning rate: peak %g x %g (%s, %d images per iteration)",
+        "Learning rate: peak %g x %g (%s, %d images per iteration), end %g x %g; highest %g",
         cfg.schedules.lr.peak,
         scale,
         cfg.optim.scaling_rule,
         batch_size,
+        cfg.schedules.lr.end,
+        scale,
+        max(lr),
     )
-    lr = build("lr", scale)
     frozen = epochs_to_iterations(cfg.schedules.lr.freeze_last_layer_epochs, epoch_length)
     return TrainingSchedules(
         lr=lr,

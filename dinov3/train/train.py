@@ -28,7 +28,7 @@ from dinov3.configs import (
 )
 from dinov3.configs.check import check_config
 from dinov3.configs.config import student_configs
-from dinov3.data.registry import parse_dataset_str
+from dinov3.data.registry import check_dataset_str
 from dinov3.logging import setup_logging
 from dinov3.run.init import job_context
 from dinov3.train.dry_run import dry_run
@@ -141,8 +141,8 @@ def check_arguments(argv: Sequence[str], n_processes: int) -> None:
     for cfg in configs:
         check_config(cfg)
         try:
-            parse_dataset_str(cfg.train.dataset_path)
-        except (AssertionError, KeyError) as error:
+            check_dataset_str(cfg.train.dataset_path)
+        except (AssertionError, KeyError, TypeError) as error:
             raise ValueError(f"train.dataset_path: {error}") from error
         try:
             _build_on_meta(cfg, multi_distillation=multi)

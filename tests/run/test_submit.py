@@ -120,6 +120,7 @@ TEST_DATA = ["model.dino_hub=dinov3_vits16", "train.dataset=ImageFolder:root=x",
         ([TRAIN, DATA, "student.arch=vit_smal"], "vit_smal"),
         ([TRAIN, "train.dataset_path=ImageFolder:rot=x"], "train.dataset_path: .*unknown key .rot."),
         ([TRAIN, "train.dataset_path=ImagNet:root=x"], "ImagNet"),
+        ([TRAIN, "train.dataset_path=ImageNet:root=x:extra=x"], "train.dataset_path: dataset ImageNet needs split"),
         (
             [TRAIN, "--config-file", f"{RECIPES}/multi_distillation_test.yaml", "--multi-distillation", DATA],
             "the students need 8 processes, but 2 were started",
