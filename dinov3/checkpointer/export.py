@@ -57,7 +57,7 @@ def export_backbone(
     if path.suffix == ".safetensors":
         _write_safetensors(tensors, path)
     else:
-        plain = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+        plain = {key: _without_neighbours(value.detach().cpu()) for key, value in tensors.items()}
         _atomically(path, lambda file: torch.save(plain, file))
     return path
 
@@ -139,6 +139,12 @@ def _refuse_other_periods(state: Mapping[str, Tensor], config: Mapping[str, Any]
             raise ValueError(
                 "rope_embed.periods are not those of the base, and have no place in the Hugging Face layout"
             )
+
+
+def _without_neighbours(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is a part of a larger piece of memory, all of which `torch.save` would write."""
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
 
 
 def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:

@@ -189,15 +189,17 @@ def load_weights(
     *,
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
+    assign: bool = False,
 ) -> LoadReport:
     """Copy a state dict into a module, all of it or nothing.
 
     Args:
-        module: on any device but meta.
+        module: on any device but meta, unless `assign` is True and no key may be missing.
         state: as from `read_weights`.
         allow_missing: keys that `state` may lack (they keep their values), each a whole key, the name of a
             sub-module, or a pattern with `*`.
         allow_unexpected: keys of `state` to ignore, written in the same way.
+        assign: use the tensors of `state` themselves, which needs no more memory.
 
     Returns:
         What matched, and which of the allowed keys were missing or ignored.
@@ -208,7 +210,7 @@ def load_weights(
     """
     own = module.state_dict()
     on_meta = [key for key, value in own.items() if value.is_meta]
-    if on_meta:
+    if on_meta and not assign:
         raise ValueError(f"the module is on the meta device ({on_meta[0]}, …): call to_empty(device=…) before loading")
     common = [key for key in own if key in state]
     shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in common}
@@ -222,7 +224,7 @@ def load_weights(
     refused += [key for key in unexpected if not _is_allowed(key, allow_unexpected)]
     if refused or misshapen or not report.matched:
         raise ValueError(f"the weights do not fit {type(module).__name__}, nothing was loaded: {report}")
-    module.load_state_dict({key: state.get(key, value) for key, value in own.items()}, strict=True)
+    module.load_state_dict({key: state.get(key, value) for key, value in own.items()}, strict=True, assign=assign)
     if missing or unexpected:
         logger.info("Loaded weights into %s: %s", type(module).__name__, report)
     return report

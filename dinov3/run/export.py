@@ -105,8 +105,8 @@ def build_around(state: dict[str, torch.Tensor], config_file: str) -> nn.Module:
     from dinov3.models.build import build_backbone
 
     cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file, allow_unknown_keys=True), strict=False)
-    backbone = build_backbone(cfg.student, device="meta").to_empty(device="cpu")
-    load_weights(backbone, state)
+    backbone = build_backbone(cfg.student, device="meta")
+    load_weights(backbone, state, assign=True)
     return backbone
 
 
