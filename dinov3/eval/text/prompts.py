@@ -5,6 +5,7 @@ None are written down here: those of CLIP (MIT licence) come with the package `o
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _NO_OPEN_CLIP = (
 def read_lines(path: str | Path) -> list[str]:
     """The strings of a file: a JSON list, or one a line (empty lines and those that begin with # are left out).
 
+    Of a table with tabs and a header with `Name` (such as `objectInfo150.txt` of ADE20K) that column is read.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: it holds no string, or other JSON.
@@ -36,36 +39,38 @@ def read_lines(path: str | Path) -> list[str]:
             raise ValueError(f"{file} must hold a JSON list of strings")
     else:
         found = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        header = [column.strip() for column in found[0].split("\t")] if found else []
+        if "Name" in header:
+            found = [line.split("\t")[header.index("Name")].strip() for line in found[1:]]
     if not found:
         raise ValueError(f"{file} holds no class name or template")
     return found
 
 
-def find_class_names(source: str, dataset: Any = None) -> list[str]:
+def find_class_names(source: str, dataset: Any = None, *, first_synonym: bool = False) -> list[str]:
     """Class names by class index.
 
     Args:
-        source: `"dataset"`: those of the data set (its `class_names`, or its `get_class_names()`); `"open_clip"`: of
-            ImageNet-1k; anything else: a file, see `read_lines`. Of a name that lists synonyms ("hen, cock") the whole
-            is used.
+        source: `"dataset"`: those of the data set (its `class_names`); `"open_clip"`: of ImageNet-1k, as CLIP words
+            them; anything else: a file, see `read_lines`.
         dataset: needed for the first.
+        first_synonym: of names that list several ("sofa, couch"; "sofa;couch") take the first.
 
     Raises:
         ValueError: the data set has no names. ImportError: open_clip isn't installed. FileNotFoundError: no such file.
     """
     if source == OPEN_CLIP:
-        return [str(name) for name in _open_clip("IMAGENET_CLASSNAMES")]
-    if source != DATASET:
-        return read_lines(source)
-    names = list(getattr(dataset, "class_names", None) or ())
-    if not names and hasattr(dataset, "get_class_names"):
-        names = [str(name) for name in dataset.get_class_names()]
+        names = [str(name) for name in _open_clip("IMAGENET_CLASSNAMES")]
+    elif source == DATASET:
+        names = list(getattr(dataset, "class_names", None) or ())
+    else:
+        names = read_lines(source)
     if not names:
         raise ValueError(
             f"{type(dataset).__name__} has no class names: give a file with one a line (class_names=<FILE>), in the "
             "order of the class indices"
         )
-    return names
+    return [re.split("[,;]", name)[0].strip() for name in names] if first_synonym else names
 
 
 def find_templates(source: str) -> list[str]:

@@ -7,7 +7,7 @@ Jose et al., "DINOv2 Meets Text" (2024), section 4, for segmentation by patches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from dinov3.models.backbone import Backbone
 
 LOGIT_SCALE = 100.0
 RECALL_AT = (1, 5, 10)
+
+Patches = Literal["head", "backbone"]
 
 # From texts to token ids [n, N].
 Tokenize = Callable[[list[str]], Tensor]
@@ -151,20 +153,32 @@ def retrieval_recall(
 
 
 @torch.no_grad()
-def predict_whole(model: DINOTxt, image: Tensor, classes: Tensor) -> Tensor:
+def predict_whole(model: DINOTxt, image: Tensor, classes: Tensor, *, patches: Patches = "head") -> Tensor:
     """Cosine similarities `[K, h, w]` of the patches of one image with class vectors.
 
     Args:
         model: on its device.
         image: normalised `[3, H, W]`; stretched (bicubic) to the next multiples of the patch.
         classes: patch-level vectors `[K, D]`, see `class_vectors`.
+        patches: tokens after the head, whose mean the training aligns to texts, or those of the backbone (which must
+            have the width of the class vectors).
+
+    Raises:
+        ValueError: patch tokens and class vectors of different widths.
     """
-    return _similarities(model, image[None], classes)[0]
+    return _similarities(model, image[None], classes, patches)[0]
 
 
 @torch.no_grad()
 def predict_slide(
-    model: DINOTxt, image: Tensor, classes: Tensor, side: int, stride: int, *, batch_size: int = 8
+    model: DINOTxt,
+    image: Tensor,
+    classes: Tensor,
+    side: int,
+    stride: int,
+    *,
+    patches: Patches = "head",
+    batch_size: int = 8,
 ) -> Tensor:
     """Class probabilities `[K, H, W]` of the pixels of one image, averaged over windows.
 
@@ -172,12 +186,12 @@ def predict_slide(
     as they are, without a temperature.
 
     Args:
-        model, image, classes: see `predict_whole`.
+        model, image, classes, patches: see `predict_whole`.
         side, stride: of the windows in pixels. An image smaller than a window is one smaller window.
         batch_size: windows of equal size that are computed at a time.
 
     Raises:
-        ValueError: windows that leave pixels out, or aren't there.
+        ValueError: windows that leave pixels out, or aren't there; or see `predict_whole`.
     """
     if not 1 <= stride <= side:
         raise ValueError(f"windows need 1 <= stride <= side, got stride {stride} and side {side}")
@@ -192,7 +206,7 @@ def predict_slide(
     for start in range(0, len(boxes), batch_size):
         chosen = boxes[start : start + batch_size]
         windows = torch.stack([image[:, rows, columns] for rows, columns in chosen])  # all of one size
-        similarities = _similarities(model, windows, classes)
+        similarities = _similarities(model, windows, classes, patches)
         pixels = F.interpolate(similarities, size=windows.shape[-2:], mode="bilinear", align_corners=False)
         for (rows, columns), probabilities in zip(chosen, pixels.softmax(dim=1), strict=True):
             total[:, rows, columns] += probabilities
@@ -218,15 +232,23 @@ def resize_short_side(size: tuple[int, int], short_side: int) -> tuple[int, int]
     return int(short_side * height / width), short_side
 
 
-def _similarities(model: DINOTxt, images: Tensor, classes: Tensor) -> Tensor:
+def _similarities(model: DINOTxt, images: Tensor, classes: Tensor, patches: Patches) -> Tensor:
     """Cosines `[B, K, h, w]` of patches of images `[B, 3, H, W]` with class vectors."""
     patch = cast(Backbone, model.visual_model.backbone).stride
     height, width = (-(-side // patch) for side in images.shape[-2:])
     size = (height * patch, width * patch)
     if size != tuple(images.shape[-2:]):
         images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
-    _, patches, _ = model.encode_image_with_patch_tokens(images)
-    cosines = F.normalize(patches.float(), dim=-1) @ classes.mT  # [B, h * w, K]
+    if patches not in get_args(Patches):
+        raise ValueError(f"patches are of the 'head' or of the 'backbone', got {patches!r}")
+    _, of_head, of_backbone = model.encode_image_with_patch_tokens(images)
+    tokens = of_head if patches == "head" else of_backbone
+    if tokens.shape[-1] != classes.shape[-1]:
+        raise ValueError(
+            f"patch tokens of the {patches} are {tokens.shape[-1]} wide, class vectors {classes.shape[-1]}: make these "
+            "with patch_level=True, and use patches='head'"
+        )
+    cosines = F.normalize(tokens.float(), dim=-1) @ classes.mT  # [B, h * w, K]
     return cosines.mT.unflatten(2, (height, width))
 
 

@@ -13,20 +13,16 @@ from dinov3.eval.patches.foreground import is_clear
 from dinov3.eval.patches.sizes import patch_means, resize_to_multiple, resize_to_patches
 from dinov3.eval.patches.tracking import make_neighborhood_mask, predicted_mask, propagate, upsample_probs
 from tests.golden import fill
-from tests.golden.adapters.pending import pending_cases
+from tests.golden.adapters import notebooks_zero_shot
 from tests.golden.cases import Case, Expected
 
 Entry = Mapping[str, Any]
-ZERO_SHOT = ("short_side_resize", "zero_shot_segmentation")
 
 
 def cases(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> list[Case]:
-    zero_shot = {name: entry for name, entry in manifest["cases"].items() if name.startswith(ZERO_SHOT)}
-    pending = pending_cases(
-        "notebooks", {"cases": zero_shot}, tensors, reason="not built yet: comes with issue '10. dino.txt'"
-    )
-    ours = {name: entry for name, entry in manifest["cases"].items() if name not in zero_shot}
-    return [_case(name, entry, tensors) for name, entry in ours.items()] + pending
+    zero_shot = notebooks_zero_shot.cases(manifest, tensors)
+    names = {case.name for case in zero_shot}
+    return [_case(name, entry, tensors) for name, entry in manifest["cases"].items() if name not in names] + zero_shot
 
 
 def _case(name: str, entry: Entry, tensors: Mapping[str, Tensor]) -> Case:
