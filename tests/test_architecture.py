@@ -33,7 +33,10 @@ LEVELS = {
     "dinov3.eval.depth.models": 4,
     "dinov3.eval.depth.config": 4,
     "dinov3.eval.depth.utils": 4,
-    "dinov3.eval.detection": 4,
+    "dinov3.eval.detection.models": 4,
+    "dinov3.eval.detection.config": 4,
+    "dinov3.eval.detection.transforms": 4,
+    "dinov3.eval.detection.util": 4,
     "dinov3.eval.text.text_transformer": 4,
     "dinov3.eval.text.text_tower": 4,
     "dinov3.eval.text.vision_tower": 4,
@@ -60,7 +63,7 @@ SAME_LEVEL = {
 DOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "omegaconf": (("dinov3.configs", "dinov3.eval.config", "dinov3.eval.helpers"), ()),
     "torchvision": (
-        ("dinov3.data", "dinov3.eval.segmentation.transforms", "dinov3.eval.depth.transforms"),
+        ("dinov3.data", "dinov3.eval.segmentation.transforms", "dinov3.eval.depth.transforms", "dinov3.eval.detection"),
         ("dinov3.hub", "dinov3.eval", "dinov3.train", "dinov3.run", "dinov3.models.foreign"),
     ),
     "torchmetrics": ((), ("dinov3.eval",)),
@@ -73,7 +76,10 @@ DOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tensorboard": ((), ("dinov3.logging",)),
     "tqdm": ((), ("dinov3.logging",)),
     "termcolor": ((), ("dinov3.logging",)),
-    "PIL": (("dinov3.data",), ("dinov3.eval", "dinov3.run")),
+    "PIL": (
+        ("dinov3.data", "dinov3.eval.segmentation.transforms", "dinov3.eval.depth.transforms", "dinov3.eval.detection"),
+        ("dinov3.eval", "dinov3.run"),
+    ),
     "timm": ((), ("dinov3.models.foreign",)),
     "transformers": ((), ()),
     "pandas": ((), ()),

@@ -22,13 +22,6 @@ PENDING: dict[str, str] = {
     "dinov3.eval.segmentation": "7. Semantic segmentation",
     "dinov3.hub.segmentors": "7. Semantic segmentation",
     "hubconf.dinov3_vit7b16_ms": "7. Semantic segmentation",
-    "dinov3.eval.depth": "8. Depth",
-    "dinov3.hub.depthers": "8. Depth",
-    "hubconf.dinov3_vit7b16_dd": "8. Depth",
-    "hubconf.dinov3_vitl16_chmv2": "8. Depth",
-    "dinov3.eval.detection": "9. Detection",
-    "dinov3.hub.detectors": "9. Detection",
-    "hubconf.dinov3_vit7b16_de": "9. Detection",
 }
 
 

@@ -1,0 +1,111 @@
+"""From images to detections: the detector with its post-processing, as the hub and `load_head` give it."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dinov3.checkpointer.heads import HeadFile
+from dinov3.checkpointer.weights import load_weights
+from dinov3.eval.detection.config import DetectionHeadConfig
+from dinov3.eval.detection.models.detr import PlainDETR, PostProcess, build_model
+
+# Where the frozen network's tensors lie in a detector's state dict, without windows and with them.
+BACKBONE_PREFIXES = ("backbone.0.backbone.", "backbone.0._backbone.backbone.")
+# Files of the released detector may name its heads a second time.
+_ALIASES = "transformer.decoder."
+_ALIASED = ("class_embed.", "bbox_embed.")
+
+
+class DetectorWithProcessor(nn.Module):
+    """A detector that returns boxes in pixels.
+
+    Args:
+        detector: gives outputs of a list of images.
+        postprocessor: makes detections of them.
+    """
+
+    def __init__(self, detector: nn.Module, postprocessor: nn.Module) -> None:
+        super().__init__()
+        self.detector, self.postprocessor = detector, postprocessor
+
+    def forward(
+        self,
+        samples: Sequence[Tensor],
+        *,
+        score_threshold: float | None = None,
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Detect.
+
+        Args:
+            samples: normalised images `[3, H, W]`; their sizes may differ. They share one canvas, and what an image
+                gets depends a little on the size of it.
+            score_threshold: leave out detections below it; None: leave out none.
+            original_sizes: (H, W) of each image before it was resized: boxes are given in its pixels. None: in those
+                of `samples`.
+
+        Returns:
+            For each image `scores` `[N]`, descending, `labels` `[N]` (int64) and `boxes` `[N, 4]`, xyxy.
+        """
+        images = list(samples)
+        sizes = torch.tensor([image.shape[-2:] for image in images], device=images[0].device if images else None)
+        if original_sizes is not None and len(original_sizes) != len(images):
+            raise ValueError(f"got {len(original_sizes)} original sizes for {len(images)} images")
+        outputs = self.detector(images)
+        detections = cast(list[dict[str, Tensor]], self.postprocessor(outputs, sizes, sizes))
+        if original_sizes is not None:
+            detections = [
+                _scaled(one, size, original)
+                for one, size, original in zip(detections, sizes.tolist(), original_sizes, strict=True)
+            ]
+        if score_threshold is not None:
+            detections = [{k: v[one["scores"] >= score_threshold] for k, v in one.items()} for one in detections]
+        return detections
+
+
+def _scaled(one: dict[str, Tensor], size: list[int], original: tuple[int, int]) -> dict[str, Tensor]:
+    y, x = (new / old for new, old in zip(original, size, strict=True))
+    return one | {"boxes": one["boxes"] * one["boxes"].new_tensor([x, y, x, y])}
+
+
+def one_to_one(detector: PlainDETR) -> PlainDETR:
+    """The detector without its one-to-many queries, which serve the training alone; changed in place."""
+    detector.num_queries = detector.transformer.two_stage_num_proposals = detector.num_queries_one2one
+    return detector
+
+
+def head_state(detector: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a detector but those of the frozen backbone, by name."""
+    state = detector.state_dict()
+    return {key: value for key, value in state.items() if not key.startswith(BACKBONE_PREFIXES)}
+
+
+def load_head_state(detector: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put a head's tensors into a detector, strictly.
+
+    Entries of the backbone, and heads under their second names, may be there and are left out.
+
+    Raises:
+        ValueError: tensors missing, unknown or of another shape, or second names whose values differ.
+    """
+    state = {key: value for key, value in state.items() if not key.startswith(BACKBONE_PREFIXES)}
+    for key in [key for key in state if key.removeprefix(_ALIASES).startswith(_ALIASED) and key.startswith(_ALIASES)]:
+        value, name = state.pop(key), key.removeprefix(_ALIASES)
+        if not torch.equal(state.setdefault(name, value), value):
+            raise ValueError(f"the head file holds {name} twice, also as {key}, with different values: it is damaged")
+    frozen = {key: value for key, value in detector.state_dict().items() if key.startswith(BACKBONE_PREFIXES)}
+    load_weights(detector, frozen | state)
+
+
+def build_from_head(backbone: nn.Module, head_file: HeadFile) -> DetectorWithProcessor:
+    """The detector of a head file on its backbone, which is frozen.
+
+    Raises:
+        ValueError: tensors that don't fit.
+    """
+    config = DetectionHeadConfig(**head_file.config)
+    detector = build_model(backbone, config)
+    load_head_state(detector, head_file.head)
+    return DetectorWithProcessor(one_to_one(detector), PostProcess(config.topk, config.reparam)).eval()

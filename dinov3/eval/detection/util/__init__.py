@@ -1,0 +1,1 @@
+"""Boxes and padded batches."""
