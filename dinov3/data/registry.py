@@ -21,6 +21,7 @@ from dinov3.data.datasets import (
     NYU,
     CaptionList,
     CocoCaptions,
+    DepthFolder,
     HuggingFaceDataset,
     ImageFolder,
     ImageList,
@@ -96,6 +97,12 @@ _REGISTRY: dict[str, DatasetEntry] = {
     "CocoCaptions": DatasetEntry(CocoCaptions, ("split", "root"), ("split", "root"), CocoCaptions.Split),
     "ImageFolder": _collection(ImageFolder, "root", "split", "index_cache"),
     "ImageList": _collection(ImageList, "file", "root", "image_column", "label_column", required="file"),
+    "DepthFolder": DatasetEntry(
+        DepthFolder,
+        (*_PAIR_KEYS, "scale", "invalid", "mask_ending"),
+        ("root",),
+        converters={"scale": float, "invalid": float},
+    ),
     "SegmentationFolder": DatasetEntry(
         SegmentationFolder, (*_PAIR_KEYS, "ignore_index"), ("root",), converters={"ignore_index": int}
     ),

@@ -190,6 +190,15 @@ def _enum_names(values: dict[Any, Any], config_dataclass: type) -> None:
                 values[field.name] = [v.upper() if isinstance(v, str) else v for v in value]
 
 
+def write_config(config: Any, path: str | os.PathLike[str]) -> None:
+    """Write a configuration object as YAML (main process only)."""
+    if not distributed.is_main_process():
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
 def write_results(results: Mapping[str, Any], output_dir: str | os.PathLike[str], filename: str) -> None:
     """Write the results as a table of one row, in the format of the file's extension (main process only)."""
     if not distributed.is_main_process():

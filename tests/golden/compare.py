@@ -88,7 +88,8 @@ def _compare_tensors(want: Tensor, got: Any, rule: Expected) -> list[str]:
     gap = torch.where(unequal, (a - b).abs(), torch.zeros_like(a))
     finite = b[b.isfinite()].abs()
     largest = finite.max().item() if finite.numel() else 0.0
-    bound = rule.atol + rule.rtol * b.abs() + rule.rtol_of_max * largest
+    size = b.abs().nan_to_num(nan=0.0, posinf=math.inf)
+    bound = rule.atol + rule.rtol * size + rule.rtol_of_max * largest
     worst = (gap - bound).nan_to_num(nan=math.inf).max().item()
     problems = []
     if worst > 0 or bool((unequal & (a.isnan() | b.isnan() | a.isinf() | b.isinf())).any()):
