@@ -156,7 +156,14 @@ def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
     for (key, value), storage in zip(state.items(), shared, strict=True):
         value = value.detach().cpu().contiguous()
         plain[key] = value.clone() if shared.count(storage) > 1 else value
-    _atomically(path, lambda file: save_file(plain, file, metadata={"format": "pt"}))
+
+    def write(file: Path) -> None:
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(plain, file, metadata={"format": "pt"})
+        file.chmod(mode)  # the library makes files that only their owner can read
+
+    _atomically(path, write)
 
 
 def _atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -68,6 +68,7 @@ class OnlineKnn:
         self.batch_size, self.num_workers = wanted.batch_size, num_workers
         transform = make_classification_eval_transform(resize_size=wanted.resize_size, crop_size=wanted.crop_size)
         self.train_set, self.val_set = (make_dataset(dataset_str=name, transform=transform) for name in names.values())
+        self.k = min(self.k, len(self.train_set))
 
     def is_due(self, iteration: int) -> bool:
         """Whether to evaluate after this iteration."""
