@@ -2,11 +2,10 @@
 
 import logging
 import os
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dinov3.data.photos import PHOTOS, bundled_file, open_photo
@@ -17,6 +16,9 @@ from dinov3.models.backbone import Backbone
 from dinov3.models.features import FrozenFeatures
 from dinov3.models.vision_transformer import vit_nano
 from dinov3.utils.device import default_device
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger("dinov3")
 
@@ -46,7 +48,7 @@ def notebook_backbone() -> nn.Module:
 _TINY_PATCH = 8
 
 
-def photo(name: str, short_side: int | None = None) -> Image.Image:
+def photo(name: str, short_side: int | None = None) -> "Image.Image":
     """A real photograph inside an installed package, by name (see `dinov3.data.photos`)."""
     for entry in PHOTOS:
         if entry.name == name:
@@ -55,7 +57,7 @@ def photo(name: str, short_side: int | None = None) -> Image.Image:
 
 
 def image_to_tensor(
-    image: Image.Image, size: tuple[int, int], normalization: Normalization = NORMALIZATIONS[Weights.LVD1689M]
+    image: "Image.Image", size: tuple[int, int], normalization: Normalization = NORMALIZATIONS[Weights.LVD1689M]
 ) -> Tensor:
     """A picture resized to (height, width), scaled to [0, 1] and normalised: float32 `[1, 3, height, width]`."""
     from torchvision.transforms import v2
@@ -71,7 +73,7 @@ def image_to_tensor(
     return cast(Tensor, transform(image.convert("RGB")))[None]
 
 
-def mask_to_tensor(mask: Image.Image, size: tuple[int, int]) -> Tensor:
+def mask_to_tensor(mask: "Image.Image", size: tuple[int, int]) -> Tensor:
     """The mask of a picture, its largest value 1, resized to (height, width): float32 in [0, 1]."""
     from torchvision.transforms import v2
 
@@ -86,7 +88,7 @@ def patch_features(backbone: nn.Module, images: Tensor) -> Tensor:
     return features.permute(1, 2, 0).float()
 
 
-def picture_features(backbone: nn.Module, image: Image.Image, image_size: int) -> Tensor:
+def picture_features(backbone: nn.Module, image: "Image.Image", image_size: int) -> Tensor:
     """`patch_features` of a picture resized to about `image_size` pixels in height."""
     stride = cast(Backbone, backbone).stride
     size = resize_to_patches(image.width, image.height, image_size, stride)
@@ -101,8 +103,8 @@ class MaskedPicture(NamedTuple):
         mask: of the same size, mode L: 255 inside.
     """
 
-    image: Image.Image
-    mask: Image.Image
+    image: "Image.Image"
+    mask: "Image.Image"
 
 
 def composed_pictures(count: int, size: tuple[int, int] = (320, 240), seed: int = 0) -> list[MaskedPicture]:
@@ -137,8 +139,10 @@ def composed_video(frames: int = 20, size: tuple[int, int] = (160, 128)) -> list
     ]
 
 
-def _horse(height: int) -> Image.Image:
+def _horse(height: int) -> "Image.Image":
     """The silhouette of a horse, mode L: 255 inside, cut to its outline."""
+    from PIL import Image
+
     path = bundled_file("skimage", "data/horse.png")
     if path is None:
         raise FileNotFoundError("the silhouette is in scikit-image: install 'dinov3[demo]'")
@@ -149,7 +153,9 @@ def _horse(height: int) -> Image.Image:
     return cut.resize((round(cut.width * height / cut.height), height), Image.Resampling.NEAREST)
 
 
-def _paste(background: Image.Image, shape: Image.Image, corner: tuple[int, int]) -> MaskedPicture:
+def _paste(background: "Image.Image", shape: "Image.Image", corner: tuple[int, int]) -> MaskedPicture:
+    from PIL import Image
+
     fur = photo("cat").crop((290, 130, 440, 280)).resize(shape.size)
     mask = Image.new("L", background.size)
     mask.paste(shape, corner)

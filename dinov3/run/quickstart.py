@@ -25,8 +25,8 @@ import torch
 from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args
 from dinov3.data.photos import available_photos, open_photo
 from dinov3.logging import cleanup_logging, setup_logging
+from dinov3.run import explore, quickstart_report
 from dinov3.run import quickstart_figures as figures
-from dinov3.run import quickstart_report
 from dinov3.run.quickstart_data import write_image_folder
 from dinov3.run.quickstart_evaluation import FinishedRun, neighbours_of, patch_features
 from dinov3.train.train import main as train
@@ -39,6 +39,10 @@ MAP_SIDE = 384  # px of the shorter side of photographs whose patches are shown
 MAP_PHOTOS = ("cat", "astronaut", "flower")  # whose patches are shown (those that are there)
 # Photographs with a place whose patch is compared with all others, as parts of the width and of the height.
 QUERIES = {"cat": (0.4, 0.37), "coins": (0.4, 0.165), "china": (0.28, 0.42)}
+EXPLORE_PAGE, EXPLORE_SIZE = (
+    "explore.html",
+    256,
+)  # the page to point at patches, and the height of its pictures [pixels]
 MARKER = ".quickstart"  # in folders that the quick start may clear
 PICTURES = ("samples", "losses", "accuracy", "neighbours", "pca", "similarity")
 
@@ -81,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run = FinishedRun.load(images, training, args.seed)
     report = run.measure() | {"seed": args.seed, "seconds_training": round(seconds_training, 1)}
     draw(output_dir, run, report)
+    photos = {
+        source.title: open_photo(source) for source in available_photos() if source.name in {*MAP_PHOTOS, *QUERIES}
+    }
+    (output_dir / EXPLORE_PAGE).write_text(explore.render(run.trained, photos, EXPLORE_SIZE), encoding="utf-8")
     report["seconds"] = round(time.perf_counter() - started, 1)
     (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     page = quickstart_report.render(report, {name: output_dir / f"{name}.png" for name in PICTURES})
@@ -110,7 +118,7 @@ def prepare_output_dir(path: Path) -> Path:
     marker.write_text("Here the quick start writes, and removes what it wrote before.\n")
     for name in ("images", "training"):
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in ("report.json", "report.html", *(f"{name}.png" for name in PICTURES)):
+    for name in ("report.json", "report.html", EXPLORE_PAGE, *(f"{name}.png" for name in PICTURES)):
         (path / name).unlink(missing_ok=True)
     return path
 

@@ -112,7 +112,8 @@ $seen</figcaption></figure>
 
 <section>
 <h2>Patches like this one</h2>
-<p>How similar is each patch to the marked one? Brighter is more similar.</p>
+<p>How similar is each patch to the marked one? Brighter is more similar. To ask for any other patch, open
+<a href="explore.html">explore.html</a> beside this page and point at it.</p>
 <figure><img src="$similarity" alt="Similarity of all patches with a marked one">
 <figcaption>Cosine similarity of patch features, stretched from the least similar patch of each map (black) to 1
 (bright).</figcaption></figure>

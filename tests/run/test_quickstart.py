@@ -196,9 +196,11 @@ def test_quick_start_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert 0 < report["seconds_training"] < report["seconds"]
 
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert 'href="explore.html"' in page
+    assert "Chelsea the cat" in (tmp_path / "out" / "explore.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == len(quickstart.PICTURES)
     assert "$" not in re.sub(r"base64,[^\"]*", "", page)  # every value was filled in
-    assert not re.search(r"(src|href)=\"(?!data:)", page)  # it needs no other file and no network
+    assert not re.search(r"(src|href)=\"(?!data:|explore\.html)", page)  # no network, no file but the one beside it
     assert f"{report['knn_trained']:.1f}" in page
     assert "danielbuechele" in page
     for name in quickstart.PICTURES:
