@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from dinov3.checkpointer.heads import HeadFile
 from dinov3.checkpointer.weights import load_weights
+from dinov3.eval.segmentation.models.backbone.dinov3_adapter import DINOv3_Adapter
 from dinov3.eval.segmentation.models.heads.linear_head import LinearHead
+from dinov3.eval.segmentation.models.heads.mask2former_head import Mask2FormerHead
 from dinov3.models.backbone import Backbone
-from dinov3.models.features import BackboneLayersSet, frozen_features, layer_indices
+from dinov3.models.features import BackboneLayersSet, frozen_features, layer_indices, resize_to_patches
 from dinov3.utils.device import default_device
 from dinov3.utils.dtype import as_torch_dtype, resolve_compute_dtype
 
@@ -33,9 +35,6 @@ __all__ = [
 
 class FrozenLayers(nn.Module):
     """A frozen backbone as the first part of a decoder: maps of some of its layers.
-
-    Images whose sides are no multiples of the patch are enlarged to the next ones, so that every pixel is seen and
-    predictions lie where the pixels are.
 
     Args:
         feature_model: the backbone; its parameters no longer require gradients, and it stays in evaluation mode.
@@ -60,6 +59,7 @@ class FrozenLayers(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.use_cls_token = use_cls_token
         self.use_norm = use_norm
+        self.image_multiple = cast(Backbone, feature_model).stride
         self.eval()
 
     def train(self, mode: bool = True) -> "FrozenLayers":
@@ -76,13 +76,15 @@ class FrozenLayers(nn.Module):
             self.indices,
             norm=self.use_norm,
             autocast_dtype=self.autocast_dtype,
-            fit="resize",
         )
         return [(layer.map, layer.class_token) if self.use_cls_token else layer.map for layer in features.layers]
 
 
 class FeatureDecoder(nn.Module):
     """A segmentation model: a part that makes features of images, and a head.
+
+    Images whose sides are no multiples of what the first part needs (its `image_multiple`) are enlarged to the next
+    ones, so that every pixel is seen and predictions lie where the pixels are.
 
     Args:
         segmentation_model: the two parts.
@@ -98,16 +100,19 @@ class FeatureDecoder(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         """What the head returns for images `[B, 3, H, W]`, for training."""
-        features, head = self.segmentation_model
         with self.autocast_ctx():
-            return head(features(images))
+            return self.segmentation_model[1](self._features(images))
 
     @torch.inference_mode()
     def predict(self, images: Tensor, rescale_to: Sequence[int] = (512, 512)) -> Any:
         """What the head predicts for images `[B, 3, H, W]`, at (height, width) `rescale_to`, without gradients."""
-        features, head = self.segmentation_model
         with self.autocast_ctx():
-            return cast(Any, head).predict(features(images), rescale_to=rescale_to)
+            head = cast(Any, self.segmentation_model[1])
+            return head.predict(self._features(images), rescale_to=rescale_to)
+
+    def _features(self, images: Tensor) -> Any:
+        extractor = self.segmentation_model[0]
+        return extractor(resize_to_patches(images, int(getattr(extractor, "image_multiple", 1))))
 
 
 def build_segmentation_decoder(
@@ -153,6 +158,14 @@ def build_segmentation_decoder(
             ),
             LinearHead(dims, num_classes, use_batchnorm, use_cls_token, dropout),
         ]
+    elif decoder_type == "m2f":
+        adapter = DINOv3_Adapter(backbone_model, indices, use_backbone_norm=use_backbone_norm)
+        dim, patch = cast(Backbone, backbone_model).embed_dim, int(cast(Any, backbone_model.patch_size))
+        # The sizes are of no consequence; the order is, and the strides, all the same, leave it as it is.
+        sides = {"1": 4 * patch, "2": 2 * patch, "3": patch, "4": patch // 2}
+        input_shape = {name: [dim, side, side, 4] for name, side in sides.items()}
+        head = Mask2FormerHead(input_shape, hidden_dim=hidden_dim, num_classes=num_classes, ignore_value=255)
+        parts = [adapter.eval(), head]
     else:
         raise ValueError(f"decoder_type is 'linear' or 'm2f', got {decoder_type!r}")
     return FeatureDecoder(nn.ModuleList(parts), _autocast_ctx(autocast_dtype))
