@@ -47,6 +47,7 @@ LEVELS = {
     "dinov3.train": 6,
     "dinov3.eval": 6,
     "dinov3.run": 7,
+    "dinov3.__main__": 7,
 }
 
 # Arrows inside a level, beyond those within one room.
@@ -56,6 +57,7 @@ SAME_LEVEL = {
     ("dinov3.models.build", "dinov3.configs"),
     ("dinov3.run.init", "dinov3.configs"),
     ("hubconf", "dinov3.hub"),
+    ("dinov3.__main__", "dinov3.run"),
 }
 
 # Libraries with few doors: where a module may import them at its top, and where functions may too. Whatever a room
