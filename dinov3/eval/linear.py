@@ -51,6 +51,7 @@ from dinov3.eval.linear_heads import (
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.probe import ProbeCheckpoints, average_gradients, broadcast_parameters, train_probe
 from dinov3.eval.setup import autocast_context, load_model_and_context
+from dinov3.eval.sweep_sgd import SweepSGD
 from dinov3.eval.utils import average_metrics, save_results
 from dinov3.utils.device import default_device
 
@@ -93,12 +94,9 @@ class OptimizerType(Enum):
 
     def get_optimizer(self, optim_param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over groups with their own `lr`."""
-        # One kernel per group, where there is one: dozens of heads would otherwise take hundreds of small steps.
-        devices = {parameter.device.type for group in optim_param_groups for parameter in group["params"]}
-        fused = True if devices <= {"cpu", "cuda", "mps"} else None
         if self is OptimizerType.SGD:
-            return torch.optim.SGD(optim_param_groups, momentum=0.9, weight_decay=0, fused=fused)
-        return torch.optim.AdamW(optim_param_groups, weight_decay=0, fused=fused)
+            return SweepSGD(optim_param_groups, momentum=0.9)
+        return torch.optim.AdamW(optim_param_groups, weight_decay=0)
 
 
 class SchedulerType(Enum):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from dinov3.eval import linear_heads
+from dinov3.eval.config import LossType
 from dinov3.eval.linear_heads import (
     AllClassifiers,
     LinearClassifier,
@@ -31,66 +33,84 @@ def _heads(num_classes: int = 4) -> tuple[AllClassifiers, list[dict[str, Any]]]:
     return heads, groups
 
 
-def test_outputs_and_gradients_are_those_of_single_heads() -> None:
+_CLASSES, _ROWS = torch.tensor([0, 3, 1, 1, 2, 0]), torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "labels", "loss"),
+    [
+        (LossType.CROSS_ENTROPY, _CLASSES, lambda x: cross_entropy(x, _CLASSES)),
+        (LossType.CROSS_ENTROPY, _ROWS, lambda x: cross_entropy(x, _ROWS.float())),
+        (LossType.BINARY_CROSS_ENTROPY, _ROWS, lambda x: binary_cross_entropy_with_logits(x, _ROWS.float())),
+    ],
+    ids=["classes", "multi-hot", "binary"],
+)
+@pytest.mark.parametrize("cached", [1, 50, 2**19], ids=["one head", "two heads", "all heads"])
+def test_loss_and_gradients_are_those_of_single_heads(
+    loss_type: LossType, labels: Tensor, loss: Any, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_heads, "_CACHED", cached)
     heads, _ = _heads()
-    tokens, labels = _tokens(), torch.randint(4, (6,))
+    tokens = _tokens()
     single = copy.deepcopy(heads)
-    outputs = heads(tokens)
-    assert list(outputs) == list(heads.classifiers_dict)
-    wanted = torch.zeros(())
-    for name, head in single.classifiers_dict.items():
-        torch.testing.assert_close(outputs[name], head(tokens))
-        wanted = wanted + cross_entropy(head(tokens), labels)
-    loss = heads.loss(tokens, labels, nn.CrossEntropyLoss())
-    torch.testing.assert_close(loss, wanted)
-    loss.backward()
+    wanted = torch.stack([loss(head(tokens)) for head in single.classifiers_dict.values()]).sum()
     wanted.backward()
-    for ours, theirs in zip(heads.parameters(), single.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+    for _ in range(2):  # gradients are not added up
+        torch.testing.assert_close(heads.loss_and_gradients(tokens, labels, loss_type), wanted.detach())
+        for ours, theirs in zip(heads.parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_losses_of_multi_hot_labels() -> None:
+def test_class_numbers_for_the_binary_loss_are_named() -> None:
+    with pytest.raises(ValueError, match=r"needs multi-hot labels \[B, classes\], got class numbers \(6,\)"):
+        _heads()[0].loss_and_gradients(_tokens(), _CLASSES, LossType.BINARY_CROSS_ENTROPY)
+
+
+def test_a_label_that_is_no_class_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        _heads()[0].loss_and_gradients(_tokens(), torch.tensor([0, 1, 2, 3, -1, 0]))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_outputs_are_those_of_single_heads(grad: bool) -> None:
     heads, _ = _heads()
-    tokens, labels = _tokens(), torch.randint(2, (6, 4)).float()
-    wanted = sum(binary_cross_entropy_with_logits(x, labels) for x in heads(tokens).values())
-    torch.testing.assert_close(heads.loss(tokens, labels, nn.BCEWithLogitsLoss()), wanted)
+    tokens = _tokens()
+    with torch.set_grad_enabled(grad):
+        outputs = heads(tokens)
+    assert list(outputs) == list(heads.classifiers_dict)
+    for name, head in heads.classifiers_dict.items():
+        assert outputs[name].requires_grad == grad
+        torch.testing.assert_close(outputs[name], head(tokens))
 
 
-@pytest.mark.parametrize("change", ["step", "load", "double", "copy"])
+@pytest.mark.parametrize("change", ["step", "load", "assign", "double", "copy"])
 def test_weights_stay_in_step_with_the_product(change: str) -> None:
     heads, groups = _heads()
     tokens = _tokens()
     if change == "step":
-        heads.loss(tokens, torch.zeros(6).long(), nn.CrossEntropyLoss()).backward()
+        heads.loss_and_gradients(tokens, torch.zeros(6).long())
         torch.optim.SGD(groups, momentum=0.9).step()
-    elif change == "load":
-        heads.load_state_dict({k: torch.randn_like(v) for k, v in heads.state_dict().items()})
+    elif change in ("load", "assign"):
+        state = {k: torch.randn_like(v) for k, v in heads.state_dict().items()}
+        heads.load_state_dict(state, assign=change == "assign")
     elif change == "double":
         heads.to(torch.float64).to(torch.float32)
     else:
         heads = copy.deepcopy(heads)
         nn.init.constant_(next(iter(heads.classifiers_dict.values())).linear.weight, 0.3)
-    for name, logits in heads(tokens).items():
+    with torch.no_grad():
+        outputs = heads(tokens)
+    for name, logits in outputs.items():
         torch.testing.assert_close(logits, heads.classifiers_dict[name](tokens))
 
 
-def test_the_gradient_of_the_input() -> None:
-    heads, _ = _heads()
-    heads.double()
-
-    def total(class_token: Tensor) -> Tensor:
-        return torch.stack(list(_double_outputs(heads, class_token).values())).sum()
-
-    assert torch.autograd.gradcheck(total, torch.randn(2, 5, dtype=torch.float64, requires_grad=True))
-
-
-def _double_outputs(heads: AllClassifiers, x: Tensor) -> dict[str, Tensor]:
-    from dinov3.eval.linear_heads import _BatchedLinear
-
-    weight = torch.stack([head.linear.weight[:, :5] for head in heads.classifiers_dict.values()]).detach()
-    bias = torch.stack([head.linear.bias for head in heads.classifiers_dict.values()]).detach()
-    outputs = _BatchedLinear.apply(x, weight, bias, *weight.unbind(), *bias.unbind())
-    return dict(enumerate(outputs.unbind(1)))
+def test_heads_without_pooling_and_layers_of_several_widths() -> None:
+    tokens = [(torch.randn(6, 4, width), torch.randn(6, width)) for width in (3, 5, 7)]
+    widths = {(1, True): 14, (3, True): 22, (2, False): 12}
+    heads = AllClassifiers({f"{k}": LinearClassifier(width, *k, 4) for k, width in widths.items()})
+    with torch.no_grad():
+        for name, logits in heads(tokens).items():
+            torch.testing.assert_close(logits, heads.classifiers_dict[name](tokens))
 
 
 def test_inputs_are_class_tokens_of_the_last_layers_and_the_mean_patch() -> None:
