@@ -19,9 +19,6 @@ INVENTORY: dict[str, list[str]] = json.loads((Path(__file__).parent / "public_ap
 PENDING: dict[str, str] = {
     "dinov3.hub.classifiers": "6. Classification evaluations",
     "hubconf.dinov3_vit7b16_lc": "6. Classification evaluations",
-    "dinov3.eval.segmentation": "7. Semantic segmentation",
-    "dinov3.hub.segmentors": "7. Semantic segmentation",
-    "hubconf.dinov3_vit7b16_ms": "7. Semantic segmentation",
 }
 
 

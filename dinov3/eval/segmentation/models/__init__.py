@@ -177,17 +177,21 @@ _BACKBONES = ("segmentation_model.0.feature_model", "segmentation_model.0.backbo
 
 def head_state(decoder: nn.Module) -> dict[str, Tensor]:
     """The tensors of a decoder that are not its backbone's: what is trained, and released, as a head."""
-    prefixes = tuple(f"{name}." for name in _BACKBONES)
-    return {key: value for key, value in decoder.state_dict().items() if not key.startswith(prefixes)}
+    return {key: value for key, value in decoder.state_dict().items() if not _is_of_backbone(key)}
 
 
 def load_head_state(decoder: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a head's tensors, and the backbone's if they are there.
 
     Raises:
-        ValueError: a tensor of the head is missing, or one is unknown or of another shape.
+        ValueError: a tensor of the head is missing, or one is unknown or of another shape; the message names them.
     """
-    load_weights(decoder, state, allow_missing=_BACKBONES)
+    backbone = {key: value for key, value in decoder.state_dict().items() if _is_of_backbone(key)}
+    load_weights(decoder, {**backbone, **state})
+
+
+def _is_of_backbone(key: str) -> bool:
+    return key.startswith(tuple(f"{name}." for name in _BACKBONES))
 
 
 def build_from_head(backbone: nn.Module, head_file: HeadFile) -> FeatureDecoder:
