@@ -21,8 +21,10 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, ...]` to the same shape; processes may bring batches of different sizes."""
         group = _group_of(self.process_group) if self.training else None
-        if group is None or x.device.type in _FUSED:
+        if x.device.type in _FUSED:
             return super().forward(x)
+        if group is None:  # not the base class, which refuses these devices where there is a group, also of one process
+            return nn.modules.batchnorm._BatchNorm.forward(self, x)
         axes = [0, *range(2, x.ndim)]
         shape = [1, -1, *[1] * (x.ndim - 2)]
         values = x.float()
