@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ def export_backbone(
     format: str = "meta",
     *,
     config: Mapping[str, Any] | None = None,
+    statistics: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Path:
     """Write a backbone's weights for others to use; readers never see a file half written.
 
@@ -28,8 +29,11 @@ def export_backbone(
         destination: a file for "meta" and "timm", in safetensors form if its name ends in `.safetensors`, else in
             that of torch.save; a folder for "hf".
         format: `"meta"`: as Meta releases backbones; `"timm"`: timm's names; `"hf"`: a folder with `config.json` and
-            `model.safetensors`, as `transformers.AutoModel.from_pretrained` reads.
+            `model.safetensors`, as `transformers.AutoModel.from_pretrained` reads, and `preprocessor_config.json`, as
+            `AutoImageProcessor` does.
         config: content of `config.json`, needed for "hf" if `backbone` is a state dict; default `hf_config(backbone)`.
+        statistics: mean and standard deviation of the images that the weights expect, in [0, 1], for "hf"; without
+            them there is no `preprocessor_config.json`.
 
     Returns:
         The path written.
@@ -51,6 +55,9 @@ def export_backbone(
         _write_safetensors(tensors, path / "model.safetensors")
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         _atomically(path / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+        if statistics is not None:
+            text = json.dumps(hf_preprocessor_config(*statistics), indent=2) + "\n"
+            _atomically(path / "preprocessor_config.json", lambda file: file.write_text(text, encoding="utf-8"))
         return path
     tensors = to_timm(state) if format == "timm" else state
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +67,21 @@ def export_backbone(
         plain = {key: _without_neighbours(value.detach().cpu()) for key, value in tensors.items()}
         _atomically(path, lambda file: torch.save(plain, file))
     return path
+
+
+def hf_preprocessor_config(mean: Sequence[float], std: Sequence[float], size: int = 224) -> dict[str, Any]:
+    """The content of a Hugging Face `preprocessor_config.json`: bilinear resize to a square, scale, normalise."""
+    return {
+        "image_processor_type": "DINOv3ViTImageProcessorFast",  # the name in all versions; newer ones drop "Fast"
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
 
 
 def hf_config(module: nn.Module) -> dict[str, Any]:

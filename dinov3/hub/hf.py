@@ -1,5 +1,6 @@
 """To and from Hugging Face transformers: build a model from a folder, write one, convert state dicts."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from dinov3.checkpointer.layouts import to_hf, to_meta
 from dinov3.checkpointer.sources import local_path
 from dinov3.checkpointer.weights import load_weights, read_weights
 from dinov3.hub.loading import NoInit
+from dinov3.hub.registry import NORMALIZATIONS, Normalization, Weights
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
@@ -22,7 +24,7 @@ _NORM_BY_EPS = {1e-6: "layernorm", 1e-5: "layernormbf16"}
 
 
 def load_hf_model(source: str | os.PathLike[str], *, round_periods: bool = True) -> nn.Module:
-    """The backbone in a Hugging Face folder, in evaluation mode.
+    """The backbone in a Hugging Face folder, in evaluation mode; `normalization` holds what its images need.
 
     Args:
         source: folder with `config.json` and `model.safetensors` (or its shards), or the name of a repository in the
@@ -40,14 +42,30 @@ def load_hf_model(source: str | os.PathLike[str], *, round_periods: bool = True)
     with NoInit():
         model = build_model_from_config(config)
     load_weights(model, read_weights(folder, like=model, round_periods=round_periods))
+    model.normalization = _statistics(folder)  # type: ignore[assignment]
     return model.eval()
 
 
+def _statistics(folder: Path) -> Normalization:
+    """What the folder's `preprocessor_config.json` says; without one, what transformers takes."""
+    file = (folder if folder.is_dir() else folder.parent) / "preprocessor_config.json"
+    if not file.exists():
+        return NORMALIZATIONS[Weights.LVD1689M]
+    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return Normalization(tuple(content["image_mean"]), tuple(content["image_std"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} has no image_mean and image_std: {error!r}") from error
+
+
 def export_hf_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write `config.json` and `model.safetensors` for `transformers.AutoModel.from_pretrained`; see
-    `export_backbone`.
+    """Write `config.json`, `model.safetensors` and `preprocessor_config.json` for transformers; see `export_backbone`.
+
+    Mean and standard deviation are the model's `normalization` (hub models have it), else those of ImageNet, which
+    trainings use by default.
     """
-    return export_backbone(model, folder, "hf")
+    normalization = getattr(model, "normalization", NORMALIZATIONS[Weights.LVD1689M])
+    return export_backbone(model, folder, "hf", statistics=tuple(normalization))
 
 
 def build_model_from_config(config: Mapping[str, Any]) -> nn.Module:

@@ -70,9 +70,10 @@ def export(
     path = Path(destination) if destination else folder / DEFAULT_NAMES[format]
     state = read_weights(weights, network=network)
     backbone: nn.Module | dict[str, torch.Tensor] = state
+    statistics = None
     if format == "hf":
-        backbone = build_around(state, config_file or find_config(folder))
-    written = export_backbone(backbone, path, format)
+        backbone, statistics = build_around(state, config_file or find_config(folder))
+    written = export_backbone(backbone, path, format, statistics=statistics)
     logger.info("%s -> %s (%s layout, %d tensors)", weights, written, format, len(state))
     return written
 
@@ -99,15 +100,17 @@ def find_config(folder: Path) -> str:
     raise FileNotFoundError(f"no config.yaml in or above {folder}; name the training's with --config-file")
 
 
-def build_around(state: dict[str, torch.Tensor], config_file: str) -> nn.Module:
-    """The backbone of a training configuration, with these weights."""
+def build_around(
+    state: dict[str, torch.Tensor], config_file: str
+) -> tuple[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """The backbone of a training configuration with these weights; mean and standard deviation of its images."""
     from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args
     from dinov3.models.build import build_backbone
 
     cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file, allow_unknown_keys=True), strict=False)
     backbone = build_backbone(cfg.student, device="meta")
     load_weights(backbone, state, assign=True)
-    return backbone
+    return backbone, (tuple(cfg.crops.rgb_mean), tuple(cfg.crops.rgb_std))
 
 
 if __name__ == "__main__":

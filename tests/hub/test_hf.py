@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dinov3.hub.hf import build_model_from_config, export_hf_model, hf_config, load_hf_model
+from dinov3.hub.registry import Normalization
+from dinov3.hub.transforms import make_transform
 from tests.helpers.backbones import VITS, assert_states_equal, tiny_convnext, tiny_vit
 
 
@@ -91,3 +93,37 @@ def test_a_file_of_such_a_folder_does_as_well(tmp_path: Path) -> None:
     folder = export_hf_model(model, tmp_path / "hf")
     loaded = load_hf_model(folder / "model.safetensors")
     assert_states_equal({"norm": loaded.norm.weight}, {"norm": model.norm.weight})
+
+
+def test_the_published_snippets_run_on_a_folder(tmp_path: Path) -> None:
+    """Those of the model cards, unchanged but for the folder: `pipeline`, and processor with model."""
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModel, pipeline
+
+    model = tiny_vit("mlp").eval()
+    model.normalization = Normalization((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # type: ignore[assignment]
+    folder = str(export_hf_model(model, tmp_path / "hf"))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8))
+
+    feature_extractor = pipeline(model=folder, task="image-feature-extraction")
+    features = feature_extractor(image)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    theirs = AutoModel.from_pretrained(folder)
+    inputs = processor(images=image, return_tensors="pt")
+    with torch.inference_mode():
+        pooled = theirs(**inputs).pooler_output
+        ours = load_hf_model(folder, round_periods=False)
+
+        torch.testing.assert_close(ours(inputs["pixel_values"]), pooled, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(features)[:, 0], pooled, atol=1e-5, rtol=0)
+        transform = make_transform(224, normalization=ours.normalization)  # type: ignore[arg-type]
+        torch.testing.assert_close(transform(image)[None], inputs["pixel_values"], atol=0.03, rtol=0)  # one grey level
+    assert ours.normalization == model.normalization
+
+
+def test_a_preprocessor_without_statistics_is_refused(tmp_path: Path) -> None:
+    export_hf_model(tiny_vit("mlp"), tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no image_mean"):
+        load_hf_model(tmp_path)
