@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.checkpointer.layouts import rope_periods, to_hf, to_timm
+from dinov3.utils.files import atomically
 
 FORMATS = ("meta", "hf", "timm")
 
@@ -51,21 +52,22 @@ def export_backbone(
         config = dict(config or hf_config(backbone))  # type: ignore[arg-type]
         tensors = to_hf(state)
         _refuse_other_periods(state, config)
-        path.mkdir(parents=True, exist_ok=True)
         _write_safetensors(tensors, path / "model.safetensors")
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        _atomically(path / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+        with atomically(path / "config.json") as file:
+            file.write_text(text, encoding="utf-8")
         if statistics is not None:
             text = json.dumps(hf_preprocessor_config(*statistics), indent=2) + "\n"
-            _atomically(path / "preprocessor_config.json", lambda file: file.write_text(text, encoding="utf-8"))
+            with atomically(path / "preprocessor_config.json") as file:
+                file.write_text(text, encoding="utf-8")
         return path
     tensors = to_timm(state) if format == "timm" else state
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         _write_safetensors(tensors, path)
     else:
         plain = {key: _without_neighbours(value.detach().cpu()) for key, value in tensors.items()}
-        _atomically(path, lambda file: torch.save(plain, file))
+        with atomically(path) as file:
+            torch.save(plain, file)
     return path
 
 
@@ -179,19 +181,8 @@ def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
         value = value.detach().cpu().contiguous()
         plain[key] = value.clone() if shared.count(storage) > 1 else value
 
-    def write(file: Path) -> None:
+    with atomically(path) as file:
         file.touch()
         mode = file.stat().st_mode
         save_file(plain, file, metadata={"format": "pt"})
         file.chmod(mode)  # the library makes files that only their owner can read
-
-    _atomically(path, write)
-
-
-def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

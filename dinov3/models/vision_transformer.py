@@ -317,7 +317,7 @@ class DinoVisionTransformer(nn.Module):
             cls_token = cls_token + 0 * self.mask_token
         prefix = [cls_token, self.storage_tokens] if self.n_storage_tokens > 0 else [cls_token]
         # Under autocast patches are bfloat16; concatenation lifts the residual stream to the float32 of the tokens.
-        return torch.cat([*(token.expand(len(images), -1, -1) for token in prefix), patches], dim=1)
+        return torch.cat([*(token.expand(images.shape[0], -1, -1) for token in prefix), patches], dim=1)
 
     def _norm(self, x: Tensor, local_crops: bool = False) -> tuple[Tensor, Tensor]:
         """Normed class and storage tokens, and normed patches."""

@@ -4,6 +4,7 @@
     python -m dinov3.run.export OUT backbone.safetensors
     python -m dinov3.run.export OUT hf_folder --format hf
     python -m dinov3.run.export weights.pth timm.pth --format timm
+    python -m dinov3.run.export OUT backbone.onnx --format onnx [--half]    or pt2, for torch.export.load
 
 Runs on the CPU, without a process group, whatever wrote the weights.
 """
@@ -23,10 +24,18 @@ from dinov3.checkpointer.export import FORMATS, export_backbone
 from dinov3.checkpointer.files import is_dcp
 from dinov3.checkpointer.weights import load_weights, read_weights
 from dinov3.logging import cleanup_logging, setup_logging
+from dinov3.models.graph import GRAPH_FORMATS, export_graph
 
 logger = logging.getLogger("dinov3")
 
-DEFAULT_NAMES = {"meta": "backbone.pth", "hf": "hf", "timm": "timm.safetensors"}
+DEFAULT_NAMES = {
+    "meta": "backbone.pth",
+    "hf": "hf",
+    "timm": "timm.safetensors",
+    "onnx": "backbone.onnx",
+    "pt2": "backbone.pt2",
+}
+_CONVNEXT_STEM = "downsample_layers.0.0.weight"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -36,9 +45,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", help="output folder of a training, checkpoint folder, or any weight file")
     parser.add_argument("destination", nargs="?", help="file, or folder for hf (default: beside the source)")
-    parser.add_argument("--format", choices=FORMATS, default="meta", help="layout (default: %(default)s)")
+    parser.add_argument(
+        "--format", choices=(*FORMATS, *GRAPH_FORMATS), default="meta", help="layout (default: %(default)s)"
+    )
     parser.add_argument("--network", help="which network of a training checkpoint (default: the EMA teacher)")
-    parser.add_argument("--config-file", help="training configuration, for hf (default: config.yaml of the training)")
+    parser.add_argument("--config-file", help="training configuration, for hf, onnx, pt2 (default: the training's)")
+    parser.add_argument("--half", action="store_true", help="onnx and pt2: weights and products in float16")
     return parser
 
 
@@ -47,7 +59,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = get_args_parser().parse_args(argv)
     setup_logging(name="dinov3", level=logging.INFO)
     try:
-        return export(args.source, args.destination, args.format, network=args.network, config_file=args.config_file)
+        return export(
+            args.source,
+            args.destination,
+            args.format,
+            network=args.network,
+            config_file=args.config_file,
+            half=args.half,
+        )
     finally:
         cleanup_logging(name="dinov3")
 
@@ -59,6 +78,7 @@ def export(
     *,
     network: str | None = None,
     config_file: str | None = None,
+    half: bool = False,
 ) -> Path:
     """Write the backbone in `source` to `destination`; returns the path.
 
@@ -69,11 +89,17 @@ def export(
     folder, weights = locate(source)
     path = Path(destination) if destination else folder / DEFAULT_NAMES[format]
     state = read_weights(weights, network=network)
-    backbone: nn.Module | dict[str, torch.Tensor] = state
-    statistics = None
-    if format == "hf":
+    if format in FORMATS and half:
+        raise ValueError(f"--half is for {' and '.join(GRAPH_FORMATS)}; got the format {format}")
+    if format in GRAPH_FORMATS:
+        backbone, _ = build_around(state, config_file or find_config(folder))
+        channels = state["patch_embed.proj.weight" if "patch_embed.proj.weight" in state else _CONVNEXT_STEM].shape[1]
+        written = export_graph(backbone, path, format, in_channels=channels, half=half)
+    elif format == "hf":
         backbone, statistics = build_around(state, config_file or find_config(folder))
-    written = export_backbone(backbone, path, format, statistics=statistics)
+        written = export_backbone(backbone, path, format, statistics=statistics)
+    else:
+        written = export_backbone(state, path, format)
     logger.info("%s -> %s (%s layout, %d tensors)", weights, written, format, len(state))
     return written
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinov3.checkpointer.weights import read_weights
-from dinov3.run.export import main
+from dinov3.run.export import build_around, main
 from dinov3.train.train import main as train
 from tests.helpers import tiny_training
 from tests.helpers.tiny_training import N_ITERATIONS, with_output
@@ -53,3 +53,14 @@ def test_a_folder_without_weights_is_an_error_that_says_what_was_looked_for(tmp_
     torch.save({"cls_token": torch.zeros(1, 1, 4)}, tmp_path / "alone.pth")
     with pytest.raises(FileNotFoundError, match="--config-file"):
         main([str(tmp_path / "alone.pth"), str(tmp_path / "hf"), "--format", "hf"])
+
+
+@torch.no_grad()
+def test_a_graph_gives_the_features_of_the_teacher(training: Path, tmp_path: Path) -> None:
+    written = main([str(training), str(tmp_path / "backbone.pt2"), "--format", "pt2"])
+    backbone, _ = build_around(read_weights(training / "teacher_checkpoint.pth"), str(training / "config.yaml"))
+    images = torch.randn(3, 3, 64, 32)
+    class_token, _ = torch.export.load(written).module()(images)
+    torch.testing.assert_close(class_token, backbone.eval()(images), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="--half is for onnx and pt2"):
+        main([str(training), str(tmp_path / "b.pth"), "--half"])

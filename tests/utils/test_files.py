@@ -1,0 +1,32 @@
+"""Files that appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from dinov3.utils.files import atomically
+
+
+def test_the_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    for text in ("one", "two"):
+        with atomically(path) as temporary:
+            temporary.write_text(text)
+            assert not path.exists() or path.read_text() == "one"
+        assert path.read_text() == text
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail() -> None:
+        with atomically(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+    assert path.read_text() == "old"
