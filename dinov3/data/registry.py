@@ -21,6 +21,7 @@ from dinov3.data.datasets import (
     NYU,
     CaptionList,
     CocoCaptions,
+    CocoDetection,
     DepthFolder,
     HuggingFaceDataset,
     ImageFolder,
@@ -95,6 +96,7 @@ _REGISTRY: dict[str, DatasetEntry] = {
     "ADE20K": DatasetEntry(ADE20K, ("split", "root"), ("split", "root"), ADE20K.Split),
     "NYU": DatasetEntry(NYU, ("split", "root"), ("split", "root"), NYU.Split),
     "CocoCaptions": DatasetEntry(CocoCaptions, ("split", "root"), ("split", "root"), CocoCaptions.Split),
+    "CocoDetection": DatasetEntry(CocoDetection, ("root", "split", "annotations", "images"), ("root",)),
     "ImageFolder": _collection(ImageFolder, "root", "split", "index_cache"),
     "ImageList": _collection(ImageList, "file", "root", "image_column", "label_column", required="file"),
     "DepthFolder": DatasetEntry(

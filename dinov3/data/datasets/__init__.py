@@ -3,6 +3,7 @@
 from dinov3.data.datasets.ade20k import ADE20K
 from dinov3.data.datasets.captions import CaptionList, WebDatasetCaptions
 from dinov3.data.datasets.coco_captions import CocoCaptions
+from dinov3.data.datasets.coco_detection import CocoDetection
 from dinov3.data.datasets.depth_folder import DepthFolder
 from dinov3.data.datasets.hugging_face import HuggingFaceDataset
 from dinov3.data.datasets.image_folder import ImageFolder
@@ -26,6 +27,7 @@ __all__ = [
     "NYU",
     "CaptionList",
     "CocoCaptions",
+    "CocoDetection",
     "DepthFolder",
     "HuggingFaceDataset",
     "ImageFolder",

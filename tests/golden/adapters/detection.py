@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.eval.detection.config import DetectionHeadConfig, PositionEncoding
+from dinov3.eval.detection.loss import LossWeights, SetCriterion
+from dinov3.eval.detection.matcher import Costs, cost_matrix, match, regression_distances
+from dinov3.eval.detection.metrics import coco_figures, records_of
 from dinov3.eval.detection.models.backbone import build_backbone
 from dinov3.eval.detection.models.decoder import Frame
 from dinov3.eval.detection.models.detr import MLP, PostProcess, build_model
@@ -283,6 +286,51 @@ def postprocess(p: Params, inputs: Inputs) -> Inputs:
     return _per_image(PostProcess(p["topk"], p["reparam"])(outputs, sizes, original))
 
 
+def _targets(p: Params, inputs: Inputs) -> list[dict[str, Tensor]]:
+    labels = [torch.tensor(values) for values in p["labels"]]
+    return [{"labels": values, "boxes": inputs[f"gt{k}"]} for k, values in enumerate(labels)]
+
+
+def _costs(p: Params) -> Costs:
+    return Costs(p["cost"]["class"], p["cost"]["bbox"], p["cost"]["giou"])
+
+
+def _level(inputs: Inputs, prefix: str) -> Inputs:
+    return {key.removeprefix(prefix): value for key, value in inputs.items() if key.startswith(f"{prefix}pred_")}
+
+
+def matcher(p: Params, inputs: Inputs) -> Inputs:
+    outputs, targets, costs = _level(inputs, ""), _targets(p, inputs), _costs(p)
+    labels, boxes = targets[0]["labels"], targets[0]["boxes"]
+    l1 = regression_distances(outputs, 0, boxes)
+    cost = cost_matrix(outputs["pred_logits"][0], outputs["pred_boxes"][0], l1, labels, boxes, costs)
+    rows, columns = match(outputs, targets, costs)[0]
+    return {"cost": cost, "rows": rows, "cols": columns}
+
+
+def criterion(p: Params, inputs: Inputs) -> Inputs:
+    outputs: dict[str, Any] = _level(inputs, "")
+    outputs |= {f"{key}_one2many": value for key, value in _level(inputs, "o2m_").items()}
+    outputs["aux_outputs"] = [_level(inputs, f"aux{level}_") for level in range(p["aux"])]
+    outputs["aux_outputs_one2many"] = [_level(inputs, f"auxo2m{level}_") for level in range(p["aux"])]
+    if proposals := _level(inputs, "enc_"):
+        outputs["enc_outputs"] = proposals
+    weights = LossWeights(**p["weights"], cls_loss=p["cls_loss"])
+    losses_of = SetCriterion(_costs(p), weights, p["k_one2many"], p["lambda_one2many"])
+    losses = losses_of(outputs, _targets(p, inputs))
+    assert sorted(losses) == sorted(p["names"])
+    return {"values": torch.stack([losses[name] for name in p["names"]]), "total": losses_of.total(losses)}
+
+
+def coco_eval(p: Params, _: Inputs) -> Inputs:
+    ids = {category["id"]: category["id"] for category in p["dataset"]["categories"]}
+    records = []
+    for image_id, found in p["results"].items():
+        detections = {key: torch.tensor(value, dtype=torch.float64) for key, value in found.items()}
+        records += records_of(int(image_id), detections, ids)
+    return {"stats": torch.tensor(list(coco_figures(p["dataset"], records).values()), dtype=torch.float64)}
+
+
 RUNNERS: dict[str, Callable[[Params, Inputs], Inputs]] = {
     "box_convert": box_convert,
     "delta2bbox": run_delta2bbox,
@@ -301,4 +349,7 @@ RUNNERS: dict[str, Callable[[Params, Inputs], Inputs]] = {
     "detector": detector,
     "detector_with_processor": detector_with_processor,
     "postprocess": postprocess,
+    "matcher": matcher,
+    "criterion": criterion,
+    "coco_eval": coco_eval,
 }

@@ -102,10 +102,14 @@ def load_head_state(detector: nn.Module, state: dict[str, Tensor]) -> None:
 def build_from_head(backbone: nn.Module, head_file: HeadFile) -> DetectorWithProcessor:
     """The detector of a head file on its backbone, which is frozen.
 
+    Args:
+        backbone: a `Backbone`.
+        head_file: its `config` holds `head` (fields of `DetectionHeadConfig`) and what else trainings write there.
+
     Raises:
         ValueError: tensors that don't fit.
     """
-    config = DetectionHeadConfig(**head_file.config)
+    config = DetectionHeadConfig(**head_file.config["head"])
     detector = build_model(backbone, config)
     load_head_state(detector, head_file.head)
     return DetectorWithProcessor(one_to_one(detector), PostProcess(config.topk, config.reparam)).eval()
