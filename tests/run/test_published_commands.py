@@ -66,6 +66,13 @@ GRAM = ["optim.epochs=4", "crops.gram_teacher_crops_size=64", "gram.update_frequ
 GRAM += [f"{name}_weight_schedule.warmup_epochs=2" for name in ("dino.local_loss", "gram.loss")]
 SIZES = {"global": [32, 48, 48, 48, 48], "local": [16, 16, 24, 16, 24], "gram_teacher": [48, 72, 72, 72, 72]}
 HIGH = [*V2, "train.OFFICIAL_EPOCH_LENGTH=1", "dino.koleo_distributed_loss_group_size=4"]
+EVAL_WORKERS = ["train.num_workers=0", "eval.num_workers=0"]
+EVAL_SIZES = {
+    "knn": ["transform.resize_size=32", "transform.crop_size=32", *EVAL_WORKERS, "train.ks=[1,3]"],
+    "log_regression": ["transform.resize_size=32", "transform.crop_size=32", *EVAL_WORKERS],
+    "linear": ["transform.crop_size=32", *EVAL_WORKERS, "train.batch_size=2", "train.epochs=1", "train.epoch_length=4"],
+}
+EVAL_SIZES["linear"] += ["train.learning_rates=[0.01,0.1]"]
 HIGH += [f"crops.{name}_crops_size={sizes}" for name, sizes in SIZES.items()]
 
 
@@ -90,11 +97,17 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"D1": f"{folder}/1k", "X1": f"{folder}/1k/extra", "D22": f"{folder}/22k", "X22": f"{folder}/22k/extra"}
 
 
-def run(script: str, command: str, places: dict[str, str], *overrides: str) -> None:
-    """A command on two processes of this machine instead of its nodes, with sizes that they can compute."""
+def words_of(command: str, places: dict[str, str], n_nodes: int = 1) -> list[str]:
+    """A command with what the reader puts in, on another number of nodes."""
     words = shlex.split(re.sub(r"\b(?:OUT|TEACHER|[DX](?:1|22))\b", lambda name: places[name[0]], command))
     if "--nodes" in words:
-        words[words.index("--nodes") + 1] = "1"
+        words[words.index("--nodes") + 1] = f"{n_nodes}"
+    return words
+
+
+def run(script: str, command: str, places: dict[str, str], *overrides: str) -> None:
+    """A command on two processes of this machine instead of its nodes, with sizes that they can compute."""
+    words = words_of(command, places)
     launcher = [sys.executable, "-m", "dinov3.run.submit", script, "--cluster", "local", "--ngpus", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
@@ -115,12 +128,8 @@ def test_vitl_trains_and_is_evaluated(name: str, places: dict[str, str], tmp_pat
     assert iterations(tmp_path) == [0, 3]
     if name == "vitl":
         return
-    small = ["transform.resize_size=32", "transform.crop_size=32", "train.num_workers=0", "eval.num_workers=0"]
-    run("dinov3/eval/knn.py", EVALUATION["knn"], places, *small, "train.ks=[1,3]")
-    crop, workers = small[1], small[2:]
-    linear_sizes = ["train.batch_size=2", "train.epochs=1", "train.epoch_length=4", "train.learning_rates=[0.01,0.1]"]
-    run("dinov3/eval/linear.py", EVALUATION["linear"], places, crop, *workers, *linear_sizes)
-    run("dinov3/eval/log_regression.py", EVALUATION["log_regression"], places, *small)
+    for kind, command in EVALUATION.items():
+        run(f"dinov3/eval/{kind}.py", command, places, *EVAL_SIZES[kind])
     for script in (knn, linear, log_regression):
         assert (tmp_path / script.RESULTS_FILENAME).is_file()
 

@@ -13,16 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from dinov3.eval import knn, linear, log_regression
 from dinov3.eval.knn import main as evaluate
 from dinov3.run import slurm as launcher
 from dinov3.run.submit import main as submit
 from dinov3.train.train import main as train
 from tests.helpers import tiny_training
 from tests.helpers.distributed import run_distributed
+from tests.helpers.imagenet import write_imagenet
 from tests.helpers.processes import find_process
 from tests.helpers.slurm import LocalSlurm, missing_commands
 from tests.helpers.source import ROOT
 from tests.helpers.tiny_training import with_output
+from tests.run.test_published_commands import EVAL_SIZES, EVALUATION, TRAINING, V1, words_of
 from tests.train.test_end_to_end import assert_same_training
 
 pytestmark = [
@@ -158,6 +161,20 @@ def test_training_and_evaluation_with_two_tasks(
     evaluate([*evaluation, f"output_dir={tmp_path}/alone"])
     results = "results-knn.csv"
     assert (tmp_path / "knn" / results).read_text() == (tmp_path / "alone" / results).read_text()
+
+
+def test_published_commands_train_on_two_nodes_and_evaluate_with_two_tasks(cluster: LocalSlurm, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", tmp_path / "imagenet"
+    write_imagenet(data)
+    places = {"OUT": str(out), "D1": str(data), "X1": str(data / "extra")}
+    words = words_of(TRAINING["vitl_1k"], places, n_nodes=2)
+    job = Job(cluster, out, "dinov3/train/train.py", "--ngpus", "1", *words, *V1)
+    assert job.finish() == "COMPLETED", job.text()
+    for kind, script in (("knn", knn), ("log_regression", log_regression), ("linear", linear)):
+        words = words_of(EVALUATION[kind], places)
+        job = Job(cluster, out, f"dinov3/eval/{kind}.py", "--ngpus", "2", *words, *EVAL_SIZES[kind])
+        assert job.finish() == "COMPLETED", job.text()
+        assert (out / script.RESULTS_FILENAME).is_file()
 
 
 def test_two_nodes_train_as_one(cluster: LocalSlurm, arguments: list[str], undisturbed: Path, tmp_path: Path) -> None:
