@@ -140,7 +140,8 @@ def load_checkpoint(
 ) -> Any:
     """Load a checkpoint into objects as they were given to `save_checkpoint`; returns its iteration.
 
-    What the checkpoint has beyond that is ignored. No code in a checkpoint is run. Collective over `process_group`.
+    What the checkpoint has beyond that is ignored, and so are the settings of its parameter groups (learning rates and
+    the like) if parameters are grouped otherwise now. No code in a checkpoint is run. Collective over `process_group`.
 
     Args:
         ckpt_dir: the checkpoint's own folder.
@@ -158,6 +159,7 @@ def load_checkpoint(
     names = _names_in(folder)
     state, left_out = _state_to_load(model, optimizer, names)
     state = {"iteration": None, **state, **others}
+    own_groups = [dict(group) for group in state["optimizer"]["param_groups"]] if optimizer is not None else []
     optional = {name for name, value in others.items() if getattr(value, "may_be_missing", False)}
     planner = LoadPlanner(may_be_missing=optional if strict_loading else "all")
     with clear_errors(f"cannot load the checkpoint {folder}"):
@@ -167,6 +169,10 @@ def load_checkpoint(
     if optimizer is None:
         set_model_state_dict(model, model_state)
     else:
+        groups = state["optimizer"]["param_groups"]
+        if [group["params"] for group in groups] != [group["params"] for group in own_groups]:
+            logger.warning("parameters are grouped otherwise than in the checkpoint: groups keep their settings")
+            state["optimizer"]["param_groups"] = own_groups
         set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=state["optimizer"])
     logger.info("loaded the checkpoint %s (iteration %s)", folder, state["iteration"])
     return state["iteration"]

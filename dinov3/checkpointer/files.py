@@ -191,10 +191,10 @@ def is_dcp(path: Path) -> bool:
     return (path / ".metadata").is_file()
 
 
-def dcp_tensor_names(folder: Path) -> list[str]:
-    """The names of all tensors in a DCP folder."""
-    metadata = read_dcp_metadata(folder)
-    return [name for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")]
+def dcp_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of all tensors in a DCP folder."""
+    entries = read_dcp_metadata(folder).state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in entries.items() if hasattr(entry, "size")}
 
 
 def read_dcp(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ def init_model_from_checkpoint_for_evals(
 
 def _network_prefix(folder: Path) -> str:
     """`"model_ema."` or the like for the checkpoint of a whole training, `""` for that of one network."""
-    first = {name.removeprefix("model.").partition(".")[0] for name in files.dcp_tensor_names(folder)}
+    first = {name.removeprefix("model.").partition(".")[0] for name in files.dcp_shapes(folder)}
     return next((f"{network}." for network in NETWORKS if network in first), "")
 
 
@@ -91,7 +91,7 @@ def _refuse_more(folder: Path, prefix: str, model: nn.Module) -> None:
     """A folder may hold further parts (heads of a model without), but no more tensors in the parts of this model."""
     own = set(model.state_dict())
     parts = {key.partition(".")[0] for key in own}
-    held = [name.removeprefix(prefix) for name in files.dcp_tensor_names(folder) if name.startswith(prefix)]
+    held = [name.removeprefix(prefix) for name in files.dcp_shapes(folder) if name.startswith(prefix)]
     if unexpected := [name for name in held if name.partition(".")[0] in parts and name not in own]:
         raise ValueError(f"{folder} has {len(unexpected)} tensors that the model lacks: {', '.join(unexpected[:8])}")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dinov3.checkpointer.files import dcp_tensor_names, is_dcp, read_config, read_dcp, read_file, read_folder
+from dinov3.checkpointer.files import dcp_shapes, is_dcp, read_config, read_dcp, read_file, read_folder
 from dinov3.checkpointer.layouts import to_meta
 from dinov3.checkpointer.sources import local_path
 from dinov3.utils.modules import unwrapped_name
@@ -91,7 +91,7 @@ def _read_flat(
     path = local_path(source, check_hash=check_hash)
     config: dict[str, Any] = {}
     if is_dcp(path):
-        names = [name.removeprefix("model.") for name in dcp_tensor_names(path) if name.startswith("model.")]
+        names = [name.removeprefix("model.") for name in dcp_shapes(path) if name.startswith("model.")]
         if not names:
             raise ValueError(f"the checkpoint {path} holds no tensor named 'model.…'")
         prefix = _network_prefix(map(unwrapped_name, names), network, path)

@@ -159,6 +159,7 @@ class TrainingRun:
             return 0
         logger.info("Resuming from %s", latest)
         check_same_student(latest, self.model.student)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         iteration = load_checkpoint(
             latest,
             model=self.model,
@@ -167,6 +168,8 @@ class TrainingRun:
             process_group=self.group,
             **self._extra_state(),
         )
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # what the configuration says now
         start = iteration + 1
         if self.model.gram_lifecycle.initialized_before(start):
             self.model.gram_teacher_initialized = True

@@ -2,13 +2,13 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dinov3.checkpointer.files import dcp_tensor_names
+from dinov3.checkpointer.files import dcp_shapes
 from dinov3.utils.modules import unwrapped_name
 
 logger = logging.getLogger("dinov3")
@@ -65,16 +65,21 @@ def check_same_student(checkpoint: Path, student: nn.Module) -> None:
         ValueError: which parameters differ, and what to do.
     """
     prefix = "model.student."
-    saved = {name.removeprefix(prefix) for name in dcp_tensor_names(checkpoint) if name.startswith(prefix)}
-    own = {unwrapped_name(name) for name in student.state_dict()}
-    if saved == own:
-        return
-    raise ValueError(
-        f"the checkpoint {checkpoint} is one of another model: {_some(own - saved)} are missing from it, and it has "
-        f"{_some(saved - own)} more. Change `student`, `dino` and `ibot` back, or start anew in another --output-dir"
-    )
+    saved = {k.removeprefix(prefix): shape for k, shape in dcp_shapes(checkpoint).items() if k.startswith(prefix)}
+    own = {unwrapped_name(name): tuple(value.shape) for name, value in student.state_dict().items()}
+    other = {f"{k} {list(saved[k])} instead of {list(own[k])}" for k in saved.keys() & own if saved[k] != own[k]}
+    found = {
+        "missing from it": own.keys() - saved.keys(),
+        "too many": saved.keys() - own.keys(),
+        "of another shape": other,
+    }
+    problems = [f"{_some(names)} are {what}" for what, names in found.items() if names]
+    if problems:
+        raise ValueError(
+            f"the checkpoint {checkpoint} is one of another model: {'; '.join(problems)}. Change `student`, `dino` and "
+            "`ibot` back, or start anew in another --output-dir"
+        )
 
 
-def _some(names: set[str], limit: int = 3) -> str:
-    listed = ", ".join(sorted(names)[:limit])
-    return f"{len(names)} tensors" + (f" ({listed}{', …' if len(names) > limit else ''})" if names else "")
+def _some(names: Collection[str], limit: int = 3) -> str:
+    return f"{len(names)} tensors ({', '.join(sorted(names)[:limit])}{', …' if len(names) > limit else ''})"

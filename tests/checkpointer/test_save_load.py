@@ -232,3 +232,15 @@ def test_a_folder_that_cannot_be_made_is_an_error_on_every_rank(tmp_path: Path) 
     for message in run_distributed(_fail_on_main, 2, tmp_path / "run", tmp_path):
         assert "cannot save the checkpoint" in message
         assert "file" in message
+
+
+def test_moments_survive_another_grouping_of_the_parameters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arch, optimizer = build(1)
+    train(arch, optimizer, 3)
+    save_checkpoint(tmp_path / "2", iteration=2, model=arch, optimizer=optimizer)
+    other, _ = build(2)
+    regrouped = torch.optim.AdamW([{"params": [p], "lr_multiplier": 0.5} for p in other.student.parameters()], lr=0.1)
+    assert load_checkpoint(tmp_path / "2", model=other, optimizer=regrouped, strict_loading=False) == 2
+    assert "grouped otherwise" in caplog.text
+    assert {group["lr_multiplier"] for group in regrouped.param_groups} == {0.5}
+    assert train(other, regrouped, 3, first=3) == train(arch, optimizer, 3, first=3)

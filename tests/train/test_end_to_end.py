@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,16 @@ def test_a_training_killed_between_checkpoints_goes_on_bit_for_bit(
     assert not (tmp_path / "teacher_checkpoint.pth").exists() or len(losses(tmp_path)) < 3
     main(with_output(arguments, tmp_path))
     assert_same_training(tmp_path, undisturbed)
+
+
+def test_what_the_configuration_says_now_counts_after_a_stop(arguments: list[str], tmp_path: Path) -> None:
+    main(with_output(arguments, tmp_path / "one", "optim.epochs=1"))
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    for name, decay in (("one", 0.9), ("other", 0.3)):
+        changed = (f"optim.layerwise_decay={decay}", "optim.multi_tensor_optim=false")
+        main(with_output(arguments, tmp_path / name, "optim.epochs=2", *changed))
+    one, other = teacher(tmp_path / "one"), teacher(tmp_path / "other")
+    assert not torch.equal(one["backbone.blocks.0.mlp.fc1.weight"], other["backbone.blocks.0.mlp.fc1.weight"])
 
 
 def test_a_finished_training_started_again_changes_nothing(

@@ -89,9 +89,9 @@ def test_the_students_learn_different_things(trained: Path) -> None:
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_checkpoints_hold_all_but_the_frozen_teacher(trained: Path, name: str) -> None:
-    from dinov3.checkpointer.files import dcp_tensor_names
+    from dinov3.checkpointer.files import dcp_shapes
 
-    saved = dcp_tensor_names(trained / name / "ckpt" / str(LAST))
+    saved = dcp_shapes(trained / name / "ckpt" / str(LAST))
     networks = {key.split(".")[1] for key in saved if key.startswith("model.")}
     assert networks >= {"student", "model_ema", "dino_loss", "ibot_patch_loss"}
     assert "teacher" not in networks
