@@ -11,7 +11,7 @@ ready := $(VENV)/installed-$(call fingerprint,pyproject.toml constraints.txt)
 ready_min := .venv-min/installed-$(call fingerprint,pyproject.toml)
 pip := -m pip --disable-pip-version-check install --quiet --prefer-binary
 
-.PHONY: help install quickstart test test-slow test-slurm test-min smoke lint format bench clean
+.PHONY: help install quickstart test test-slow test-slurm test-min smoke lint format docs bench clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' Makefile | expand -t 18
@@ -45,11 +45,14 @@ format: $(ready) ## Sort imports, mend what can be mended, format.
 	$(run) -m ruff check --fix .
 	$(run) -m ruff format .
 
+docs: $(ready) ## The documentation site, in site/.
+	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs build
+
 bench: $(ready) ## Speed beside timm on this machine, as a Markdown table.
 	$(run) -m benchmarks.backbones
 
 clean: ## Remove the virtual environments and every cache.
-	rm -rf .venv .venv-min .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-min site .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 
 $(ready): | $(VENV)/pyvenv.cfg
 	@echo "Installing into $(VENV), once: minutes, and 6 GB on Linux"
