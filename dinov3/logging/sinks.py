@@ -157,8 +157,10 @@ def make_sinks(
 
 def _kept_identifier(path: Path, make: Callable[[], str]) -> str:
     """What the file holds, or else a new identifier, which it then holds."""
-    if path.exists():
-        return path.read_text().strip()
+    if path.exists() and (kept := path.read_text().strip()):
+        return kept
     identifier = make()
-    path.write_text(identifier)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(identifier)
+    os.replace(temporary, path)
     return identifier

@@ -43,7 +43,7 @@ from dinov3.train.loaders import build_multi_resolution_data_loader_from_cfg, co
 from dinov3.train.memory import explain_out_of_memory, memory_by_part
 from dinov3.train.meta_arch import MetaArch, Metrics
 from dinov3.train.monitors import OnlineKnn
-from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer, clip_gradients, hold_still
+from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer, clip_gradients, gradient_norm, hold_still
 from dinov3.train.resume import RecordedConfig, check_same_student
 from dinov3.train.schedules import build_schedulers
 from dinov3.utils.reproducibility import derived_seed
@@ -79,7 +79,7 @@ class NonFinitePolicy:
             RuntimeError: the patience is exhausted.
         """
         scalars = distributed.gather_all_tensors(checked, group=distributed.get_process_subgroup())
-        finite = [bool(scalar.isfinite().all()) for scalar in scalars]
+        finite = torch.stack(scalars).isfinite().flatten().tolist()  # the one number that each iteration waits for
         if all(finite):
             self.in_a_row = 0
             return False
@@ -217,7 +217,8 @@ class TrainingRun:
         total_loss, metrics = self._accumulate(iteration, batch, teacher_temp)
         norms = clip_gradients(self.model.student, self.cfg.optim.clip_grad)
         metrics |= norms
-        if self.non_finite.skips(iteration, total_loss + sum(norms.values()), metrics):
+        checked = total_loss + (sum(norms.values()) if norms else gradient_norm(self.model.student))
+        if self.non_finite.skips(iteration, checked, metrics):
             self.keep_for_replay(iteration, batch)
         else:
             self.optimizer.step()

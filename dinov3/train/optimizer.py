@@ -41,3 +41,9 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, 
         norm = nn.utils.clip_grad_norm_(part.parameters(), max_norm=max_norm)
         norms[f"{name}_grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return norms
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """L2 norm of all gradients of a module, sharded or not."""
+    norm = nn.utils.get_total_norm([param.grad for param in module.parameters() if param.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.train.train import main
 from tests.helpers import tiny_training
 from tests.helpers.tiny_training import N_ITERATIONS, with_output
@@ -109,6 +110,24 @@ def test_what_the_configuration_says_now_counts_after_a_stop(arguments: list[str
         main(with_output(arguments, tmp_path / name, "optim.epochs=2", *changed))
     one, other = teacher(tmp_path / "one"), teacher(tmp_path / "other")
     assert not torch.equal(one["backbone.blocks.0.mlp.fc1.weight"], other["backbone.blocks.0.mlp.fc1.weight"])
+
+
+def test_a_gradient_that_is_not_finite_is_noticed_without_clipping_too(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward, calls = SSLMetaArch.backprop_loss, []
+
+    def spoil_the_second(self: SSLMetaArch, loss: torch.Tensor) -> None:
+        backward(self, loss)
+        calls.append(loss)
+        if len(calls) == 2:
+            self.student["backbone"].cls_token.grad.fill_(torch.inf)
+
+    monkeypatch.setattr(SSLMetaArch, "backprop_loss", spoil_the_second)
+    main(with_output(arguments, tmp_path, "optim.clip_grad=0", "optim.epochs=1"))
+    assert "not finite at iteration 1" in (tmp_path / "nan_logs" / "logs" / "log.txt").read_text()
+    assert torch.load(tmp_path / "nan_logs" / "batch_1_rank0.pth", weights_only=True)["collated_masks"].any()
+    assert all(value.isfinite().all() for value in teacher(tmp_path).values())
 
 
 def test_a_finished_training_started_again_changes_nothing(
