@@ -3,7 +3,7 @@
 The rooms, from the ground up: `utils`; `distributed`, `logging`; `layers`, `loss`, `optim`, `data`; `models`,
 `checkpointer`, `fsdp`, `configs`; `hub`; `train`, `eval`; `run`. A module imports lower rooms only.
 
-Whole tasks with one call: `pretrain`, `evaluate`, `predict`, `export` (see `run.api`). They are loaded on first use:
+Whole tasks with one call: `pretrain`, `evaluate`, `finetune`, `predict`, `export` (see `run.api`). They are loaded on first use:
 importing this package alone needs nothing but Python.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.0.1"
 
-_API = ("evaluate", "export", "predict", "pretrain")
+_API = ("evaluate", "export", "finetune", "predict", "pretrain")
 
 
 def __getattr__(name: str) -> Any:

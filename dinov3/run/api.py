@@ -92,18 +92,47 @@ def evaluate(
 
     if kind not in EVALUATIONS:
         raise ValueError(f"the evaluation is one of {', '.join(EVALUATIONS)}; got {kind!r}")
-    if (run is None) == (model is None):
-        raise ValueError("give either run=<output folder of a training> or model=<hub name>")
-    if run is not None:
-        settings = [f"model.config_file={run}/config.yaml", f"model.pretrained_weights={run}/teacher_checkpoint.pth"]
-    else:
-        settings = [f"model.dino_hub={model}"] + ([f"model.pretrained_weights={weights}"] if weights else [])
+    settings = _model_settings(run, model, weights)
     if out is None:
         out = Path(run or ".", f"eval_{kind}")
     train, test = labelled_splits(data)
     settings += [f"train.dataset={as_dataset(train)}", f"{_TEST_KEYS[kind]}={as_dataset(test)}", f"output_dir={out}"]
     import_module(f"dinov3.eval.{kind}").main([*settings, *overrides])
     return Path(out)
+
+
+def finetune(
+    data: str | Path,
+    out: str | Path,
+    *,
+    run: str | Path | None = None,
+    model: str | None = None,
+    weights: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Fine-tune a backbone on labelled images; started again, it goes on where it was.
+
+    Args:
+        data: folder with `train` and `val` (or `test`), each with one folder per class.
+        out: output folder.
+        run: output folder of the training whose backbone is tuned.
+        model: instead: name of a hub model.
+        weights: of that model; default: the released ones.
+        overrides: further `key=value`, such as `method=lora`; see `dinov3/eval/finetune.py`.
+
+    Returns:
+        The tuned backbone, `<out>/backbone.pth`.
+
+    Raises:
+        FileNotFoundError: a folder that isn't there.
+        ValueError: neither or both of `run` and `model`.
+    """
+    from dinov3.eval.finetune import main
+
+    train, val = labelled_splits(data)
+    datasets = [f"train.dataset={as_dataset(train)}", f"train.val_dataset={as_dataset(val)}"]
+    main([*_model_settings(run, model, weights), *datasets, f"output_dir={out}", *overrides])
+    return Path(out, "backbone.pth")
 
 
 def export(source: str | Path, destination: str | Path | None = None, format: str = "meta") -> Path:
@@ -134,6 +163,15 @@ def predict(task: str, *, head: str | Path, images: Sequence[str | Path], out: s
     arguments = ["--head", str(head), "--images", *map(str, images), "--output-dir", str(out), *flags]
     import_module(f"dinov3.eval.{task}.predict").main(arguments)
     return Path(out)
+
+
+def _model_settings(run: str | Path | None, model: str | None, weights: str | Path | None) -> list[str]:
+    """Overrides that name the model of an evaluation."""
+    if (run is None) == (model is None):
+        raise ValueError("give either run=<output folder of a training> or model=<hub name>")
+    if run is not None:
+        return [f"model.config_file={run}/config.yaml", f"model.pretrained_weights={run}/teacher_checkpoint.pth"]
+    return [f"model.dino_hub={model}"] + ([f"model.pretrained_weights={weights}"] if weights else [])
 
 
 def as_dataset(data: str | Path) -> str:

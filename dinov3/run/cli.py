@@ -116,6 +116,18 @@ examples:
   dinov3 eval knn data=labelled run=runs/mine
   dinov3 eval linear data=labelled model=dinov3_vits16 weights=vits16.pth out=results train.epochs=2
 """
+_FINETUNE = """dinov3 finetune data=DIR out=RUN run=RUN|model=HUB_NAME [weights=FILE] [key=value ...]
+
+  data      folder with train and val (or test), each with one folder of images per class
+  out       output folder: backbone.pth, classifier.pth, results-finetune.csv
+  run       output folder of the training whose backbone is tuned
+  model     instead: a hub model; weights: its file, default: the released ones
+  key=value any key of dinov3/eval/finetune.py
+
+examples:
+  dinov3 finetune data=labelled out=runs/tuned run=runs/mine
+  dinov3 finetune data=labelled out=runs/tuned model=dinov3_vits16 weights=vits16.pth method=lora
+"""
 _PREDICT = """dinov3 predict segmentation|depth|detection --head HEAD --images IMAGE... --output-dir OUT
 
 examples:
@@ -128,6 +140,9 @@ COMMANDS: dict[str, Command] = {
         "Pretrain a backbone on a folder of images.", lambda arguments: call(api.pretrain, arguments), _PRETRAIN
     ),
     "eval": Command("Evaluate frozen features: knn, linear, log_regression.", _evaluate, _EVAL),
+    "finetune": Command(
+        "Fine-tune a backbone on labelled images.", lambda arguments: call(api.finetune, arguments), _FINETUNE
+    ),
     "predict": Command("Predict images with a trained head: segmentation, depth, detection.", _predict, _PREDICT),
     "export": Command(
         "Write a backbone as .pth, safetensors, Hugging Face folder, timm.", _script("dinov3.run.export")

@@ -16,7 +16,13 @@ from tests.helpers.images import write_image_folder
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """What scripts were called with."""
     found: list[tuple[str, list[str]]] = []
-    for module in ("dinov3.train.train", "dinov3.eval.knn", "dinov3.eval.linear", "dinov3.run.explore"):
+    for module in (
+        "dinov3.train.train",
+        "dinov3.eval.knn",
+        "dinov3.eval.linear",
+        "dinov3.eval.finetune",
+        "dinov3.run.explore",
+    ):
         __import__(module)
         monkeypatch.setattr(f"{module}.main", lambda argv, module=module: found.append((module, list(argv))))
     return found
@@ -28,7 +34,7 @@ def test_alone_it_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None
     assert [line.split()[0] for line in lines] == list(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "eval", "predict"])
+@pytest.mark.parametrize("name", ["pretrain", "eval", "finetune", "predict"])
 def test_help_shows_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--help"]) == 0
     assert "examples:\n" in capsys.readouterr().out
@@ -87,6 +93,16 @@ def test_evaluate_takes_a_run_or_a_hub_model(tmp_path: Path, calls: list[Any]) -
             ],
         ),
     ]
+
+
+def test_finetune_takes_the_same(tmp_path: Path, calls: list[Any]) -> None:
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+    assert cli.main(["finetune", f"data={tmp_path}", "out=tuned", "model=dinov3_vits16", "method=lora"]) == 0
+    ((module, argv),) = calls
+    assert module == "dinov3.eval.finetune"
+    assert argv[0] == "model.dino_hub=dinov3_vits16"
+    assert argv[-2:] == ["output_dir=tuned", "method=lora"]
 
 
 def test_explore_passes_its_arguments_on(calls: list[Any]) -> None:
