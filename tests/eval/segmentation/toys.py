@@ -11,7 +11,6 @@ from PIL import Image
 from dinov3.hub.registry import BACKBONES, BackboneEntry, Weights
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
-COLOURS = np.array([(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40)], dtype=np.float64)
 TINY_VIT: dict[str, Any] = {
     "patch_size": 16,
     "embed_dim": 32,
@@ -25,7 +24,10 @@ TINY_VIT: dict[str, Any] = {
 
 
 def scene(seed: int, size: tuple[int, int] = (64, 96), classes: int = 4) -> tuple[Image.Image, np.ndarray]:
-    """A noisy image of rectangles on a background, one colour per class, and its classes, uint8 [H, W]."""
+    """A noisy grey image of rectangles on a background, one pattern per class, and its classes, uint8 [H, W].
+
+    Plain, lying stripes, standing stripes, a chessboard: distorted colours don't change which class it is.
+    """
     rng = np.random.default_rng(seed)
     height, width = size
     labels = np.full(size, rng.integers(classes), dtype=np.uint8)
@@ -33,7 +35,10 @@ def scene(seed: int, size: tuple[int, int] = (64, 96), classes: int = 4) -> tupl
         top, left = int(rng.integers(height - 16)), int(rng.integers(width - 16))
         bottom, right = top + int(rng.integers(16, height)), left + int(rng.integers(16, width))
         labels[top:bottom, left:right] = rng.integers(classes)
-    noisy = COLOURS[labels] + rng.normal(0, 20, (*size, 3))
+    y, x = np.mgrid[:height, :width] // 4 % 2
+    patterns = np.stack([np.full(size, 0.5), y, x, (x + y) % 2])
+    grey = 60 + 130 * np.take_along_axis(patterns, labels[None].astype(np.int64), 0)[0]
+    noisy = grey[..., None] + rng.normal(0, 15, (*size, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), labels
 
 
@@ -80,3 +85,47 @@ def _loaded(name: str, weights: Any) -> torch.nn.Module:
     from dinov3.hub.loading import load_backbone
 
     return load_backbone(name, weights=weights)
+
+
+def small_arguments(root: Path, output_dir: Path, *more: str) -> list[str]:
+    """Command-line arguments that make any of the published configurations tiny."""
+    return [
+        f"datasets.root={root}",
+        f"--output-dir={output_dir}",
+        "decoder_head.num_classes=4",
+        "scheduler.total_iter=6",
+        "num_workers=0",
+        "transforms.train.img_size=64",
+        "transforms.train.crop_size=[64,64]",
+        "transforms.eval.img_size=64",
+        "eval.crop_size=64",
+        "eval.stride=43",
+        "eval.eval_interval=4",
+        "eval.n_pictures=1",
+        *more,
+    ]
+
+
+M2F = (
+    "decoder_head.type=m2f",
+    "decoder_head.backbone_out_layers=FOUR_EVEN_INTERVALS",
+    "decoder_head.hidden_dim=32",
+    "scheduler.type=PolynomialLR",
+    "scheduler.constructor_kwargs={}",
+    "train.m2f.n_points=64",
+    "bs=1",
+)
+
+
+def configuration(*arguments: str) -> Any:
+    """The configuration object of command-line arguments."""
+    from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser
+    from dinov3.eval.segmentation.config import SegmentationConfig
+
+    values = cli_parser(arguments)
+    values["config_file"] = values.pop("config", None)
+    config, output_dir = args_dict_to_dataclass(
+        {key: value for key, value in values.items() if value is not None}, SegmentationConfig, save_config=False
+    )
+    config.output_dir = output_dir
+    return config
