@@ -18,9 +18,12 @@ nbformat = pytest.importorskip("nbformat")
 
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PUBLISHED = {
+    "chmv2_inference",
+    "dense_sparse_matching",
+    "dinotxt_inference",
+    "dinotxt_segmentation_inference",
     "foreground_segmentation",
     "pca",
-    "dense_sparse_matching",
     "segmentation_tracking",
 }
 
