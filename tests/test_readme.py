@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.helpers.source import ROOT
+from tests.helpers.tiny_dinotxt import small_hub
 from tests.test_packaging import EXTRAS
 
 README = (ROOT / "README.md").read_text()
@@ -42,6 +43,10 @@ def weight_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("number", range(len(_blocks("python"))))
 def test_python_snippets_run_as_printed(number: int, weight_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = _blocks("python")[number]
+    if "dinotxt" in code:
+        files, _ = small_hub(monkeypatch, weight_file.parent)
+        code = code.replace("path/to/dinotxt.pth", str(files.weights))
+        code = code.replace("path/to/vitl16.pth", str(files.backbone_weights))
     code = code.replace("path/to/dinov3", str(ROOT)).replace("path/to/weights.pth", str(weight_file))
     monkeypatch.chdir(weight_file.parent)
     scope: dict[str, object] = {}
@@ -127,6 +132,14 @@ def test_evaluation_commands_parse_and_know_every_key(script: str, config_class:
         schema = getattr(import_module(f"dinov3.eval.{script}"), config_class)
         config, _ = args_dict_to_dataclass(arguments, schema, save_config=False)
         assert config.train.dataset.startswith("ImageNet:split=TRAIN")
+
+
+@pytest.mark.parametrize("script", ["train_dinotxt", "classification", "retrieval", "segmentation"])
+def test_text_commands_parse_and_know_every_key(script: str) -> None:
+    commands = _arguments(f"dinov3/eval/text/{script}.py")
+    assert commands
+    for argv in commands:
+        import_module(f"dinov3.eval.text.{script}").check_arguments(argv, 1)
 
 
 def test_the_map_shows_every_room() -> None:

@@ -132,10 +132,11 @@ def _build(backbone: nn.Module, *, pretrained: bool) -> "DINOTxt":
 def _load(model: "DINOTxt", source: str | os.PathLike[str], check_hash: bool) -> None:
     """Load all but the vision backbone; the file may hold one, which `backbone_weights` decides on."""
     state = read_state_dict(source, check_hash=check_hash)
-    own = "visual_model.backbone."
-    state = {key: value for key, value in state.items() if not key.startswith(own)}
+    backbone = "visual_model.backbone."
+    state = {key: value for key, value in state.items() if not key.startswith(backbone)}
+    loaded = {key: value for key, value in model.state_dict().items() if key.startswith(backbone)}
     try:
-        load_weights(model, state, allow_missing=[own])
+        load_weights(model, loaded | state)
     except ValueError as error:
         hint = ""
         if not any(key.startswith(("visual_model.", "text_model.")) for key in state):
