@@ -23,6 +23,7 @@ from dinov3.checkpointer import (
 from dinov3.distributed.stopping import StopRequest
 from dinov3.distributed.watchdog import Watchdog
 from dinov3.logging import MetricLogger
+from dinov3.utils.files import atomically
 
 logger = logging.getLogger("dinov3")
 
@@ -89,25 +90,27 @@ class ProbeCheckpoints:
         missing = [key for key in self.state if key not in saved and key not in self.optional]
         if missing:
             raise ValueError(f"{newest} lacks {', '.join(missing)}; it has {', '.join(saved)}")
+        self.load(saved, done)
+        self.best_accuracy = float(saved["best_accuracy"])
+        logger.info("resumed %s: %d iterations are done", newest, done)
+        return done
+
+    def load(self, saved: Mapping[str, Any], done: int) -> None:
+        """Give every part its saved state; parts of `optional` that aren't there are wound forward instead."""
         if self.fast_forward is not None and any(key not in saved for key in self.optional):
             self.fast_forward(done)  # before the others are loaded: it may change them
         for key, part in self.state.items():
             if key in saved:
                 part.load_state_dict(saved[key])
-        self.best_accuracy = float(saved["best_accuracy"])
-        logger.info("resumed %s: %d iterations are done", newest, done)
-        return done
 
     def save(self, name: str, iteration: int) -> None:
         """Write one checkpoint; `iteration` is the 0-based index of the last finished one."""
         if not distributed.is_subgroup_main_process():
             return
         path = self.folder / name / _FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
         states = {key: part.state_dict() for key, part in self.state.items()}
-        torch.save({"iteration": iteration, "best_accuracy": self.best_accuracy, **states}, temporary)
-        temporary.replace(path)
+        with atomically(path) as file:
+            torch.save({"iteration": iteration, "best_accuracy": self.best_accuracy, **states}, file)
 
     def save_regular(self, iteration: int) -> None:
         """Write the checkpoint of an iteration, and delete the one before unless all are kept."""

@@ -13,8 +13,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dinov3 import distributed
+from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.checkpointer.heads import HEAD_FILE, HeadFile, save_head
-from dinov3.eval.depth.checkpoint_utils import DepthCheckpoints
 from dinov3.eval.depth.config import DepthConfig
 from dinov3.eval.depth.data import make_train_dataset, make_train_loader, short_name
 from dinov3.eval.depth.datasets.datasets_utils import make_valid_mask, parse_eval_crop
@@ -23,6 +23,7 @@ from dinov3.eval.depth.loss import MultiLoss, SigLoss
 from dinov3.eval.depth.metrics import check_metrics
 from dinov3.eval.depth.models.depther import TASK, Depther, plain_decoder_config
 from dinov3.eval.depth.models.linear_head import resize
+from dinov3.eval.flat_checkpoints import FlatCheckpoints
 from dinov3.eval.probe import average_gradients, broadcast_parameters, train_probe
 from dinov3.optim.lr_schedulers import build_scheduler
 
@@ -171,7 +172,13 @@ def train_depther(
     dataset = make_train_dataset(config) if train_dataset is None else train_dataset
     trainer = build_trainer(depther, config)
     output_dir = Path(config.output_dir or ".")
-    checkpoints = DepthCheckpoints(output_dir, trainer.state(), trainer.fast_forward)
+    checkpoints = FlatCheckpoints(
+        output_dir,
+        trainer.state(),
+        CheckpointRetentionPolicy.ALL,
+        fast_forward=trainer.fast_forward,
+        optional=("scheduler", "loss"),  # which files of the published code lack
+    )
     done = checkpoints.resume()
     validation = _Validation(depther, config, output_dir / VALIDATION_FILE, done)
     total = config.scheduler.total_iter

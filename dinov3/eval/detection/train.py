@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from dinov3 import distributed
+from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.checkpointer.heads import HEAD_FILE, HeadFile, save_head
 from dinov3.checkpointer.weights import read_state_dict
 from dinov3.data.datasets import CocoDetection
 from dinov3.data.datasets.coco_detection import Categories
-from dinov3.eval.detection.checkpoints import DetectionCheckpoints
 from dinov3.eval.detection.config import DetectionHeadConfig, config_values
 from dinov3.eval.detection.data import (
     Batch,
@@ -34,6 +34,7 @@ from dinov3.eval.detection.matcher import Costs
 from dinov3.eval.detection.models.detr import PlainDETR, PostProcess
 from dinov3.eval.detection.models.processor import DetectorWithProcessor, head_state, load_head_state, one_to_one
 from dinov3.eval.detection.recipe import DetectionConfig
+from dinov3.eval.flat_checkpoints import FlatCheckpoints
 from dinov3.eval.probe import average_gradients, broadcast_parameters, train_probe
 from dinov3.optim.lr_schedulers import WarmupMultiStepLR
 from dinov3.utils.reproducibility import derived_seed
@@ -173,7 +174,7 @@ def train_detector(
     epoch, total = schedule_lengths(len(dataset), config)
     trainer = DetectionTrainer(detector, config, total, epoch)
     output_dir = Path(config.output_dir or ".")
-    checkpoints = DetectionCheckpoints(output_dir, trainer.state())
+    checkpoints = FlatCheckpoints(output_dir, trainer.state(), CheckpointRetentionPolicy.LAST)
     done = trainer.iteration = checkpoints.resume()
     period = config.eval.eval_interval or epoch
     train_probe(
