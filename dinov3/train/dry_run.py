@@ -52,8 +52,10 @@ def dry_run(cfg: Any, args: argparse.Namespace, build: Callable[[Any], MetaArch]
         ValueError: several processes, or a multi-distillation.
         RuntimeError: the two steps don't fit into memory; the message says what needs less.
     """
-    if distributed.get_world_size() > 1 or args.multi_distillation:
-        raise ValueError("--dry-run is for one process and one student: start it without torchrun (or with --ngpus 1)")
+    if args.multi_distillation:
+        raise ValueError("--dry-run is for one student: give a student's file as --config-file, without distillation")
+    if distributed.get_world_size() > 1:
+        raise ValueError("--dry-run is for one process: start it without torchrun (or with --ngpus 1)")
     logger.info("dry run: nothing is trained, nothing is written to %s", args.output_dir)
     with tempfile.TemporaryDirectory(prefix="dinov3-dry-run-") as folder:
         trial = _trial_config(cfg, folder)

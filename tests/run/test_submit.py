@@ -158,6 +158,13 @@ def test_arguments_that_the_script_can_use_pass_without_an_accelerator(
     assert not (tmp_path / "out").exists()
 
 
+def test_every_evaluation_can_be_asked() -> None:
+    scripts = [path for path in (ROOT / "dinov3" / "eval").rglob("*.py") if "return run_main(" in path.read_text()]
+    assert len(scripts) > 3
+    for script in scripts:
+        assert submit._defines(str(script), "check_arguments"), script
+
+
 def test_scripts_that_know_no_check_are_not_run_for_one(launched: list[tuple[Any, ...]], tmp_path: Path) -> None:
     script = tmp_path / "needs_a_gpu.py"
     script.write_text("from elsewhere import check_arguments\nraise RuntimeError('no GPU')\n")

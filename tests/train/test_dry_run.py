@@ -63,7 +63,7 @@ def test_it_checks_the_configuration(report: Report) -> None:
 
 
 def test_several_students_are_refused(report: Report) -> None:
-    with pytest.raises(ValueError, match="--dry-run is for one process and one student"):
+    with pytest.raises(ValueError, match="--dry-run is for one student"):
         report(("--dry-run", "--multi-distillation"))
 
 

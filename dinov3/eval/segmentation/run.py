@@ -17,7 +17,14 @@ from typing import Any
 
 from torch import nn
 
-from dinov3.eval.helpers import args_dict_to_dataclass, run_main, write_config, write_results
+from dinov3.eval.helpers import (
+    args_dict_to_dataclass,
+    as_value_errors,
+    cli_parser,
+    run_main,
+    write_config,
+    write_results,
+)
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.eval import test_segmentation
 from dinov3.eval.segmentation.train import train_segmentation
@@ -36,22 +43,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main(argv, benchmark_launcher, SegmentationConfig)
 
 
-def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:
-    """Run as the parsed arguments say, write configuration and results, and return the results.
+def check_arguments(argv: Sequence[str], n_processes: int) -> None:
+    """Refuse arguments that can't be read: the launcher asks before it starts any process."""
+    with as_value_errors():
+        read_config(cli_parser(argv), save_config=False)
+
+
+def read_config(eval_args: Mapping[str, Any], save_config: bool = True) -> tuple[SegmentationConfig, str]:
+    """The configuration of the parsed arguments, and the output folder.
 
     Args:
         eval_args: nested values; `config` or `config_file` names a YAML file with values below these.
+        save_config: write `eval_config.yaml` if it is `config_file`.
 
     Raises:
-        ValueError: both are given, or no backbone is.
+        ValueError: both names of the file are given. OmegaConf's errors: unknown keys, wrong values.
     """
     values = dict(eval_args)
     if "config" in values and "config_file" in values:
         raise ValueError("got config= and config_file=: they mean the same, give one")
-    writes_eval_config = "config_file" in values
+    save_config &= "config_file" in values
     if "config" in values:
         values["config_file"] = values.pop("config")
-    config, output_dir = args_dict_to_dataclass(values, SegmentationConfig, save_config=writes_eval_config)
+    return args_dict_to_dataclass(values, SegmentationConfig, save_config=save_config)
+
+
+def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:
+    """Run as the parsed arguments say, write configuration and results, and return the results.
+
+    Raises:
+        ValueError: no backbone is given; besides the errors of `read_config`.
+    """
+    config, output_dir = read_config(eval_args)
     config.output_dir = output_dir
     write_config(config, Path(output_dir) / _CONFIG_FILENAME)
     backbone = None
