@@ -9,7 +9,7 @@ where it stopped.
 | 1 | an error; the traceback is in the log |
 | 2 | wrong arguments; nothing was started |
 | 75 (`PREEMPTED`) | preempted or out of time: the state was saved, the same command goes on |
-| 76 (`PEER_LOST`) | another process of the job died or stalled; the log names it |
+| 76 (`PEER_LOST`) | another process of the job died or stalled, or a loader; the log names it |
 | 130, 143 | stopped by Ctrl-C (SIGINT) or SIGTERM: the state was saved, the same command goes on |
 """
 

@@ -8,6 +8,7 @@ or whose communication broke, reads the files of the others to find the one that
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import socket
@@ -48,15 +49,16 @@ class Watchdog:
             for ...:
                 watchdog.beat("computing iteration 3")
 
-    Opening the context is a collective of the world. With one process it does nothing.
+    Opening the context is a collective of the world.
 
     Args:
         folder: for one file per rank; shared by all nodes. The files are removed after a regular end.
         timeout_s: longest time between two beats that is not a stall.
+        alone: watch a job of one process as well (a loader may stall); it writes no file.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], timeout_s: float) -> None:
-        self.folder, self.timeout_s = Path(folder), timeout_s
+    def __init__(self, folder: str | os.PathLike[str], timeout_s: float, *, alone: bool = False) -> None:
+        self.folder, self.timeout_s, self._alone = Path(folder), timeout_s, alone
         self._rank, self._world_size = get_rank(), get_world_size()
         self._tick_s = min(_MAX_TICK_S, timeout_s / 5)
         # `gives_up`: it is about to end because of another one. `tick` counts all the time, `beats` only progress.
@@ -72,6 +74,7 @@ class Watchdog:
         if self._world_size > 1:
             self._write()
             dist.barrier()  # from here on, nobody reads a file that another run has left
+        if self._world_size > 1 or self._alone:
             self._thread.start()
         return self
 
@@ -83,17 +86,16 @@ class Watchdog:
         Raises:
             PeerLost: the error is one of communication.
         """
-        if self._world_size == 1:
-            return
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and self._world_size > 1:
             if _is_communication(error):
                 self._report(self._explanation() or "none of the others is silent or has failed", error)
                 raise PeerLost from error
             self._state["failed"] = f"{type(error).__name__}: {error}"
             self._write()
         self._closed.set()
-        self._thread.join()
-        if not isinstance(error, Exception):
+        if self._thread.is_alive():
+            self._thread.join()
+        if not isinstance(error, Exception) and self._world_size > 1:
             self._file(self._rank).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # others are still in it
                 self.folder.rmdir()
@@ -111,10 +113,16 @@ class Watchdog:
             self._write()
             self._waited_s += self._tick_s
             if self._waited_s > self.timeout_s and not self._state["gives_up"]:
-                self._report(self._explanation() or "all processes are alive and in the same place")
+                self._report(
+                    self._explanation() or "all are alive and in the same place; does a file system not answer?"
+                )
+                for child in multiprocessing.active_children():  # workers of a loader that hang would stay for ever
+                    child.kill()
                 os._exit(PEER_LOST)  # the main thread waits for what will never come
 
     def _write(self) -> None:
+        if self._world_size == 1:
+            return
         with self._lock:
             self._state["tick"] = self._state["tick"] + 1
             self._state["at"] = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
@@ -134,6 +142,8 @@ class Watchdog:
 
     def _explanation(self) -> str:
         """The ranks that failed or are silent, else those that are behind; empty if there is none. Takes some ticks."""
+        if self._world_size == 1:
+            return ""
         self._state["gives_up"] = True
         self._write()
         before = self._read_all()

@@ -3,6 +3,7 @@
 The package logs to the logger `dinov3`; these functions attach handlers, by default to the root logger.
 """
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -133,7 +134,25 @@ class _StdoutHandler(logging.Handler):
 
 
 class _LogFileHandler(logging.FileHandler):
+    """Appends to a file; where that is impossible (a full disk) it says so once, on standard error."""
+
     def __init__(self, path: Path) -> None:
         super().__init__(path, mode="a", encoding="utf-8")
         self.set_name(f"dinov3-file:{self.baseFilename}")
         self.setFormatter(_Formatter())
+        self._failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report an error of `emit`, in whose `except` clause this is called."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"lines of the log are missing from {self.baseFilename}: {error}\n")
+
+    def close(self) -> None:
+        """Close the file; what can't be written is lost."""
+        with contextlib.suppress(OSError):
+            super().close()

@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,8 @@ class TrainingRun:
         """Run from the start iteration to the end, or until a signal asks to stop."""
         # All processes watch each other, those of other students too, whose folders lie beside this one.
         folder = self.output_dir.parent if self.cfg.multidistillation.enabled else self.output_dir
-        with StopRequest() as stop, Watchdog(folder / "heartbeats", stall_timeout_s) as watchdog, self.saver:
+        watchdog = Watchdog(folder / "heartbeats", stall_timeout_s, alone=True)
+        with StopRequest() as stop, watchdog, self.saver:
             for iteration, batch in self.batches():
                 watchdog.beat(f"computing iteration {iteration}")
                 if stop.agreed():
@@ -277,16 +279,17 @@ class TrainingRun:
                 if self.model.gram_lifecycle.loads_ema_before(iteration):
                     self.model.gram_load_ema_teacher()
                 self.log(self.step(iteration, batch))
-                watchdog.beat(f"evaluating and saving after iteration {iteration}")
-                self.after_iteration(iteration)
+                still_alive = partial(watchdog.beat, f"evaluating and saving after iteration {iteration}")
+                still_alive()
+                self.after_iteration(iteration, still_alive)
                 watchdog.beat(f"loading the batch of iteration {iteration + 1}")
 
-    def after_iteration(self, iteration: int) -> None:
+    def after_iteration(self, iteration: int, still_alive: Callable[[], None]) -> None:
         """Evaluate, record, export and checkpoint where it is due; the latter also after the last iteration."""
         if self.online_knn is not None and self.online_knn.is_due(iteration):
             if "knn_top1" not in self.metric_logger.meters:  # the newest value, not the median of a rare one
                 self.metric_logger.add_meter("knn_top1", SmoothedValue(window_size=1))
-            self.metric_logger.update(knn_top1=self.evaluate_online_knn())
+            self.metric_logger.update(knn_top1=self.evaluate_online_knn(still_alive))
         self.metric_logger.record_now()  # before the checkpoint, after which this iteration isn't done again
         done, period = iteration + 1, self.cfg.evaluation.eval_period_iterations
         if done == self.total_iterations:
@@ -302,11 +305,11 @@ class TrainingRun:
         if done % self.cfg.checkpointing.period == 0:
             self.save(iteration)
 
-    def evaluate_online_knn(self) -> float:
+    def evaluate_online_knn(self, on_batch: Callable[[], None]) -> float:
         """Top-1 accuracy of the EMA teacher in percent."""
         assert self.online_knn is not None
         self.saver.wait()  # its loader starts processes, which should not copy this one while a thread is at work
-        accuracy = self.online_knn.evaluate(self.model.model_ema["backbone"], compute_dtype(self.cfg))
+        accuracy = self.online_knn.evaluate(self.model.model_ema["backbone"], compute_dtype(self.cfg), on_batch)
         logger.info("Online k-NN of the EMA teacher: %.2f %%", accuracy)
         return accuracy
 

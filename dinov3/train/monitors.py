@@ -1,7 +1,7 @@
 """What tells early that a training goes wrong: signs of collapse, and online k-NN on the EMA teacher."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,18 +74,25 @@ class OnlineKnn:
         """Whether to evaluate after this iteration."""
         return (iteration + 1) % self.period == 0
 
-    def evaluate(self, backbone: nn.Module, dtype: torch.dtype) -> float:
+    def evaluate(self, backbone: nn.Module, dtype: torch.dtype, on_batch: Callable[[], None] = lambda: None) -> float:
         """Top-1 accuracy of validation images by their neighbours among training images, in percent.
 
         Collective over the process subgroup: each process computes the features of its share of the images.
+
+        Args:
+            backbone: of CLS tokens [B, D].
+            dtype: of the images it takes.
+            on_batch: called after each batch.
         """
-        train_features, train_labels = self._features(backbone, self.train_set, dtype)
-        queries, labels = self._features(backbone, self.val_set, dtype)
+        train_features, train_labels = self._features(backbone, self.train_set, dtype, on_batch)
+        queries, labels = self._features(backbone, self.val_set, dtype, on_batch)
         accuracy = knn_accuracy(queries, labels, train_features, train_labels, [self.k])
         return 100 * float(accuracy[self.k])
 
     @torch.no_grad()
-    def _features(self, backbone: nn.Module, dataset: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _features(
+        self, backbone: nn.Module, dataset: Any, dtype: torch.dtype, on_batch: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
         """Normalised CLS tokens [n, D] and labels [n] of a data set, in its order, on every process."""
         group, device = distributed.get_process_subgroup(), next(backbone.parameters()).device
         rank, world = distributed.get_subgroup_rank(), distributed.get_subgroup_size()
@@ -98,7 +105,10 @@ class OnlineKnn:
             sampler_type=None,
             drop_last=False,
         )
-        batches = [(backbone(images.to(device, dtype)).float(), labels) for images, labels in loader]
+        batches = []
+        for images, labels in loader:
+            batches.append((backbone(images.to(device, dtype)).float(), labels))
+            on_batch()
         features = F.normalize(torch.cat([features for features, _ in batches]), dim=1)
         labels = torch.cat([labels for _, labels in batches]).to(device)
         gathered = [

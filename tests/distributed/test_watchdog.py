@@ -107,3 +107,17 @@ def test_one_process_needs_no_watching(tmp_path: Path) -> None:
         watchdog.beat("sleeping")
         time.sleep(0.1)
     assert not (tmp_path / "beats").exists()
+
+
+def test_one_process_can_be_watched_too(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from dinov3.distributed.watchdog import Watchdog\n"
+        "with Watchdog(sys.argv[1], 0.2, alone=True) as watchdog:\n"
+        "    watchdog.beat('loading the batch of iteration 3')\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "beats")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == PEER_LOST
+    assert "no progress for 0.2 s while loading the batch of iteration 3" in ended.stderr
+    assert not (tmp_path / "beats").exists()

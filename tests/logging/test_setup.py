@@ -1,5 +1,9 @@
+import contextlib
+import io
 import logging
 import re
+import resource
+import signal
 import stat
 import warnings
 from collections.abc import Iterator
@@ -102,3 +106,25 @@ def test_one_file_per_rank(tmp_path: Path, init_group: bool) -> None:
     assert set(files) == {"log.txt", "log.txt.rank1"}
     assert "from rank 0" in files["log.txt"]
     assert "from rank 1" in files["log.txt.rank1"]
+
+
+def _log_on_a_full_disk(folder: Path) -> str:
+    setup_logging(output=str(folder), name="full")
+    logger, log = logging.getLogger("full"), folder / "logs" / "log.txt"
+    logger.info("before")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size, resource.RLIM_INFINITY))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        logger.info("first lost")
+        logger.info("second lost")
+        cleanup_logging(name="full")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert log.read_text().endswith("before\n")
+    return said.getvalue()
+
+
+def test_a_full_disk_is_said_once(tmp_path: Path) -> None:
+    (said,) = run_distributed(_log_on_a_full_disk, 1, tmp_path, tmp_path / "out", init_group=False)
+    assert said.count("\n") == 1
+    assert "lines of the log are missing from" in said

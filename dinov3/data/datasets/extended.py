@@ -1,5 +1,7 @@
 """Base of the datasets: bytes and target by index, decoded, then transformed together."""
 
+import errno
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ from dinov3.data.datasets.decoders import (
     TargetDecoder,
     UndecodableImageError,
 )
+
+# What a network file system answers while a server is away; the same read may work a moment later.
+_PASSING = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET}
+_PAUSES_S = (0.1, 1.0)
 
 
 class UnreadableSampleError(RuntimeError):
@@ -67,7 +73,7 @@ class ExtendedVisionDataset(VisionDataset):
             UnreadableSampleError: it can't be read or decoded; a `RuntimeError`, whose cause says why.
         """
         try:
-            return self.image_decoder(self.get_image_data(index)).decode()
+            return self.image_decoder(self._image_data(index)).decode()
         except Exception as error:
             raise _unreadable(index) from _reason(error)
 
@@ -81,12 +87,23 @@ class ExtendedVisionDataset(VisionDataset):
         except UndecodableImageError as error:
             raise _unreadable(index) from _reason(error)
 
+    def _image_data(self, index: int) -> bytes:
+        """The encoded image; errors of the file system that pass are waited for, a second at most."""
+        for pause in _PAUSES_S:
+            try:
+                return self.get_image_data(index)
+            except OSError as error:
+                if error.errno not in _PASSING:
+                    raise
+                time.sleep(pause)
+        return self.get_image_data(index)
+
     def _image_for_transform(self, index: int) -> Any:
         """The image as the transform takes it."""
         if not getattr(self.transform, "takes_encoded", False):
             return self.decode_image(index)
         try:
-            decoder = self.image_decoder(self.get_image_data(index))
+            decoder = self.image_decoder(self._image_data(index))
             return decoder.encoded() if isinstance(decoder, ImageDataDecoder) else decoder.decode()
         except Exception as error:
             raise _unreadable(index) from _reason(error)

@@ -1,7 +1,9 @@
+import errno
 from typing import Any
 
 import pytest
 
+from dinov3.data.datasets import extended
 from dinov3.data.datasets.decoders import ImageDataDecoder, TargetDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 from tests.helpers.images import broken_images, odd_images
@@ -36,3 +38,25 @@ def test_a_failure_names_the_sample_and_keeps_its_cause() -> None:
 def test_failures_of_transforms_are_not_taken_for_unreadable_images() -> None:
     with pytest.raises(ZeroDivisionError):
         Two(transform=lambda image: 1 / 0)[0]
+
+
+def test_a_file_system_that_hiccups_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(extended.time, "sleep", pauses.append)
+    read, failures = Two.get_image_data, [OSError(errno.EIO, "Input/output error")] * 2
+
+    def sometimes(self: Two, index: int) -> bytes:
+        if failures:
+            raise failures.pop()
+        return read(self, index)
+
+    monkeypatch.setattr(Two, "get_image_data", sometimes)
+    assert Two()[0][1] == 7
+    assert pauses == [0.1, 1.0]
+    failures += [OSError(errno.EIO, "Input/output error")] * 3
+    with pytest.raises(RuntimeError, match="can not read image for sample 0"):
+        Two()[0]
+    failures[:] = [FileNotFoundError(errno.ENOENT, "gone")]
+    with pytest.raises(RuntimeError, match="can not read image for sample 0"):
+        Two()[0]
+    assert len(pauses) == 4
