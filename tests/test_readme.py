@@ -9,6 +9,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dinov3.data.photos import bundled_file
+from tests.helpers import tiny_segmentor
 from tests.helpers.source import ROOT
 from tests.helpers.tiny_dinotxt import small_hub
 from tests.test_packaging import EXTRAS
@@ -47,6 +49,10 @@ def test_python_snippets_run_as_printed(number: int, weight_file: Path, monkeypa
         files, _ = small_hub(monkeypatch, weight_file.parent)
         code = code.replace("path/to/dinotxt.pth", str(files.weights))
         code = code.replace("path/to/vitl16.pth", str(files.backbone_weights))
+    if "dinov3_vit7b16_ms" in code:
+        released = tiny_segmentor.small_hub(monkeypatch, weight_file.parent)
+        code = code.replace("path/to/head.pth", str(released.head)).replace("path/to/7b.pth", str(released.backbone))
+        code = code.replace("photo.jpg", str(bundled_file("skimage", "data/astronaut.png"))).replace('"cuda"', '"cpu"')
     code = code.replace("path/to/dinov3", str(ROOT)).replace("path/to/weights.pth", str(weight_file))
     monkeypatch.chdir(weight_file.parent)
     scope: dict[str, object] = {}
@@ -140,6 +146,15 @@ def test_text_commands_parse_and_know_every_key(script: str) -> None:
     assert commands
     for argv in commands:
         import_module(f"dinov3.eval.text.{script}").check_arguments(argv, 1)
+
+
+def test_segmentation_commands_know_every_key() -> None:
+    from dinov3.eval.segmentation.run import check_arguments
+
+    commands = _arguments("dinov3/eval/segmentation/run.py")
+    assert commands
+    for argv in commands:
+        check_arguments(argv, 1)
 
 
 def test_the_map_shows_every_room() -> None:
