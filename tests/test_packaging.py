@@ -70,7 +70,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         names = archive.namelist()
         (metadata_name,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(metadata_name).decode())
-    files = {str(p.relative_to(ROOT)) for s in ("*.py", "*.yaml", "*.html", "py.typed") for p in (ROOT / "dinov3").rglob(s)}
+    patterns = ("*.py", "*.yaml", "*.html", "py.typed")
+    files = {str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "dinov3").rglob(pattern)}
     assert {name for name in names if ".dist-info/" not in name} == files
     assert metadata["License-Expression"] == "Apache-2.0"
     assert [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r] == ["torch>=2.7.1"]

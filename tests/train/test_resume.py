@@ -20,9 +20,7 @@ class Holder(nn.Module):
 def test_a_checkpoint_of_another_student_is_refused_with_the_names_that_differ(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "3", iteration=3, model=Holder(2))
     check_same_student(tmp_path / "3", Holder(2).student)
-    with pytest.raises(
-        ValueError, match=r"another model: 2 tensors \(2.bias, 2.weight\) are missing.*--output-dir"
-    ):
+    with pytest.raises(ValueError, match=r"another model: 2 tensors \(2.bias, 2.weight\) are missing.*--output-dir"):
         check_same_student(tmp_path / "3", Holder(3).student)
     with pytest.raises(ValueError, match=r"2 tensors \(1.bias, 1.weight\) are too many"):
         check_same_student(tmp_path / "3", Holder(1).student)

@@ -76,9 +76,7 @@ def test_what_a_list_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_shards_hold_captions_as_text_or_json(tmp_path: Path) -> None:
-    write_tar(
-        tmp_path / "text.tar", {"0.png": encoded(0), "0.txt": b"a cat\n", "1.png": encoded(1), "1.txt": b"b"}
-    )
+    write_tar(tmp_path / "text.tar", {"0.png": encoded(0), "0.txt": b"a cat\n", "1.png": encoded(1), "1.txt": b"b"})
     dataset = make_dataset(dataset_str=f"WebDatasetCaptions:root={tmp_path}/text.tar")
     assert [dataset[i][1] for i in range(2)] == ["a cat", "b"]
     content = json.dumps({"captions": ["x", "y"], "url": "z"}).encode()
