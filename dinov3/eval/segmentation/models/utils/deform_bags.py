@@ -120,4 +120,5 @@ def _scatter_rows(grad: Tensor, rows: Tensor, factors: Tensor, n_rows: int) -> T
     sorted_rows, order = rows.flatten().sort(stable=True)
     starts = torch.searchsorted(sorted_rows, torch.arange(n_rows, dtype=torch.int32), out_int32=True)
     queries = (order // rows.shape[1]).int()
-    return F.embedding_bag(queries, grad, starts, per_sample_weights=factors.flatten()[order], mode="sum")
+    factors = factors.flatten().index_select(0, order)
+    return F.embedding_bag(queries, grad, starts, per_sample_weights=factors, mode="sum")
