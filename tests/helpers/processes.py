@@ -19,3 +19,9 @@ def find_process(command_holds: str, **environment: str) -> int:
         if command_holds.encode() in command and wanted <= set(present):
             return int(folder.name)
     raise ProcessLookupError(f"no process of {command_holds!r} with {environment}")
+
+
+def children_of(pid: int | None) -> list[int]:
+    """The processes that a process has started and that still run."""
+    folder = Path(f"/proc/{pid}/task")
+    return [int(child) for task in folder.iterdir() for child in (task / "children").read_text().split()]
