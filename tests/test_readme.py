@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from dinov3.data.photos import bundled_file
 from tests.helpers import tiny_segmentor
+from dinov3.run import cli
 from tests.helpers.source import ROOT
 from tests.helpers.tiny_dinotxt import small_hub
 from tests.test_packaging import EXTRAS
@@ -75,6 +76,8 @@ def test_commands_name_what_exists(words: list[str]) -> None:
         extras = re.findall(r"\.\[([\w,]+)\]", " ".join(rest))
         assert extras
         assert set(extras[0].split(",")) <= set(EXTRAS)
+    elif program == "dinov3":
+        assert rest[0] in cli.COMMANDS
     else:
         assert program in ("python", "torchrun"), f"no check for the program {program}"
         script = _script(rest)
