@@ -22,9 +22,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Likewise."""
 
-# OmegaConf's mark of a value that must be given; written out, since code at this level works without OmegaConf.
-_MANDATORY = "???"
-
 
 class PatchSizeAdaptationStrategy(Enum):
     """What to do with images whose sides are no multiples of the patch."""
@@ -74,9 +71,10 @@ class SchedulerConfig:
 
 @dataclass
 class DatasetsConfig:
-    """Dataset strings, completed by `:root=<root>`."""
+    """Dataset strings."""
 
-    root: str = _MANDATORY
+    root: str = ""
+    """Completes the strings, by `:root=<root>`; needed unless they name their roots."""
     train: str = ""
     val: str = ""
     """Measured during the training. Empty: nothing is."""
