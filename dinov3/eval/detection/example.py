@@ -164,7 +164,7 @@ def example_arguments(output_dir: Path, strings: dict[str, str], model: Sequence
         f"datasets.train={strings['train']}",
         f"datasets.val={strings['val']}",
         *(f"head.{name}={value}" for name, value in head.items()),
-        "bs=8",
+        "bs=4",
         "num_workers=0",
         f"scheduler={{epochs: {epochs}, warmup_iters: 20, milestones: [{0.8 * epochs}]}}",
         "optimizer.lr=1e-3",

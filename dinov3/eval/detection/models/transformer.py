@@ -5,6 +5,7 @@ al., Deformable DETR (2021); queries of two kinds as in Jia et al., DETRs with H
 """
 
 import math
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -190,12 +191,22 @@ class Transformer(nn.Module):
         mask = memory_padding_mask.unflatten(1, spatial_shapes[0])
         maps = [memory.transpose(1, 2).unflatten(2, spatial_shapes[0])]
         if len(self.strides) > 1:
-            maps = [project(maps[0]) for project in self.enc_output_proj]
+            maps = [project(maps[0]) for project in self.enc_output_proj[: self._n_levels(spatial_shapes[0])]]
         masks = level_masks(mask, [(one.shape[-2], one.shape[-1]) for one in maps])
         boxes, valid, max_shape = self._boxes(masks)
         tokens = torch.cat([one.flatten(2).transpose(1, 2) for one in maps], dim=1)
         tokens = tokens.masked_fill(~valid[..., None], 0.0)
         return self.enc_output_norm(self.enc_output(tokens)), boxes, max_shape
+
+    def _n_levels(self, spatial_shape: tuple[int, int]) -> int:
+        """How many levels have a cell in so small a map: the finer ones."""
+        side = min(spatial_shape) * self.in_stride
+        fitting = list(takewhile(lambda stride: stride <= side, self.strides))
+        if not fitting:
+            raise ValueError(
+                f"proposals have a stride of {self.strides[0]} pixels, but the image only {side}: enlarge it"
+            )
+        return len(fitting)
 
     def _boxes(self, masks: list[Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         return *relative_proposals(masks), None
@@ -233,7 +244,7 @@ class TransformerReParam(Transformer):
     absolute = True
 
     def _boxes(self, masks: list[Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        return absolute_proposals(masks, self.strides, self.proposal_min_size)
+        return absolute_proposals(masks, self.strides[: len(masks)], self.proposal_min_size)
 
 
 def build_transformer(config: DetectionHeadConfig) -> Transformer:
