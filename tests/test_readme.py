@@ -10,8 +10,8 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov3.data.photos import bundled_file
-from tests.helpers import tiny_segmentor
 from dinov3.run import cli
+from tests.helpers import tiny_depther, tiny_segmentor
 from tests.helpers.source import ROOT
 from tests.helpers.tiny_dinotxt import small_hub
 from tests.test_packaging import EXTRAS
@@ -50,8 +50,9 @@ def test_python_snippets_run_as_printed(number: int, weight_file: Path, monkeypa
         files, _ = small_hub(monkeypatch, weight_file.parent)
         code = code.replace("path/to/dinotxt.pth", str(files.weights))
         code = code.replace("path/to/vitl16.pth", str(files.backbone_weights))
-    if "dinov3_vit7b16_ms" in code:
-        released = tiny_segmentor.small_hub(monkeypatch, weight_file.parent)
+    if "dinov3_vit7b16_ms" in code or "dinov3_vit7b16_dd" in code:
+        tiny = tiny_segmentor if "dinov3_vit7b16_ms" in code else tiny_depther
+        released = tiny.small_hub(monkeypatch, weight_file.parent)
         code = code.replace("path/to/head.pth", str(released.head)).replace("path/to/7b.pth", str(released.backbone))
         code = code.replace("photo.jpg", str(bundled_file("skimage", "data/astronaut.png"))).replace('"cuda"', '"cpu"')
     code = code.replace("path/to/dinov3", str(ROOT)).replace("path/to/weights.pth", str(weight_file))

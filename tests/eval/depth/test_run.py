@@ -165,3 +165,12 @@ def test_help_shows_keys(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "config-nyu.yaml" in shown
     assert "eval_interval: 1600" in shown
+
+
+def test_commands_of_the_documents_are_understood() -> None:
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/depth.md")).replace("\\\n", " ")
+    commands = [line.split() for line in text.splitlines() if line.startswith("python dinov3/eval/depth/run.py")]
+    assert len(commands) == 3
+    for words in commands:
+        argv = [word.replace("config=dinov3/", f"config={ROOT}/dinov3/") for word in words[2:]]
+        run.check_arguments(argv, 1)
