@@ -52,7 +52,7 @@ def export_backbone(
         config = dict(config or hf_config(backbone))  # type: ignore[arg-type]
         tensors = to_hf(state)
         _refuse_other_periods(state, config)
-        _write_safetensors(tensors, path / "model.safetensors")
+        write_safetensors(tensors, path / "model.safetensors")
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         with atomically(path / "config.json") as file:
             file.write_text(text, encoding="utf-8")
@@ -63,7 +63,7 @@ def export_backbone(
         return path
     tensors = to_timm(state) if format == "timm" else state
     if path.suffix == ".safetensors":
-        _write_safetensors(tensors, path)
+        write_safetensors(tensors, path)
     else:
         plain = {key: _without_neighbours(value.detach().cpu()) for key, value in tensors.items()}
         with atomically(path) as file:
@@ -171,7 +171,8 @@ def _without_neighbours(tensor: Tensor) -> Tensor:
     return tensor if alone else tensor.clone()
 
 
-def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write named tensors, from any device, to a safetensors file."""
     from safetensors.torch import save_file
 
     # The library refuses tensors that share memory (the thirds of a qkv weight, the norm with two names).

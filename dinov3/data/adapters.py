@@ -13,12 +13,21 @@ class DatasetWithEnumeratedTargets(Dataset[tuple[Any, tuple[int, Any]]]):
         pad_dataset: round the length up to a multiple of `num_replicas`, so that all processes take equally many items.
             Items past the end repeat the dataset from its start and carry index -1.
         num_replicas: number of processes, required with `pad_dataset`.
+        mark_skipped: samples that can't be read, in whose place the dataset gave another one, carry index -1 too.
 
     Items are (image, (index, target)); a target of None becomes the index of the sample.
     """
 
-    def __init__(self, dataset: Dataset[Any], pad_dataset: bool = False, num_replicas: int | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        pad_dataset: bool = False,
+        num_replicas: int | None = None,
+        *,
+        mark_skipped: bool = False,
+    ) -> None:
         self._dataset = dataset
+        self._was_skipped = getattr(dataset, "was_skipped", None) if mark_skipped else None
         self._size = len(dataset)  # type: ignore[arg-type]
         self._padded_size = self._size
         if pad_dataset:
@@ -32,7 +41,8 @@ class DatasetWithEnumeratedTargets(Dataset[tuple[Any, tuple[int, Any]]]):
     def __getitem__(self, index: int) -> tuple[Any, tuple[int, Any]]:
         source = self._source(index)
         image, target = self._dataset[source]
-        return image, (self._reported(index), source if target is None else target)
+        skipped = self._was_skipped is not None and self._was_skipped(source)
+        return image, (-1 if skipped else self._reported(index), source if target is None else target)
 
     @property
     def skipped(self) -> Any:

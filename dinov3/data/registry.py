@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from dinov3.data.datasets import (
@@ -153,6 +154,20 @@ def register_dataset(
 def dataset_names() -> list[str]:
     """The names that dataset strings can begin with."""
     return list(_REGISTRY)
+
+
+def as_dataset_str(data: str | Path) -> str:
+    """The dataset string of a folder of images; a dataset string as it is.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    text = str(data)
+    if Path(text).expanduser().is_dir():
+        return f'ImageFolder:root="{text}"' if set(text) & set(":=") else f"ImageFolder:root={text}"
+    if text.split(":")[0] in dataset_names() or (":" in text and not Path(text).is_absolute()):
+        return text
+    raise FileNotFoundError(f"{text} is no folder, and no dataset string (Name:key=value; docs/data.md)")
 
 
 def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:

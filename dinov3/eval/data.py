@@ -1,7 +1,9 @@
 """Labels of data sets, and parts of them: validation split and few-shot selections for classification evaluations."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,30 @@ class SubsetEx(Subset[Any]):
         """Target of an item, as the data set's own `get_target` gives it."""
         return self.dataset.get_target(self.indices[index])  # type: ignore[attr-defined]
 
+    def was_skipped(self, index: int) -> bool:
+        """Whether the data set has given another item in the place of this one."""
+        was_skipped = getattr(self.dataset, "was_skipped", None)
+        return was_skipped is not None and was_skipped(self.indices[index])
+
+    @property
+    def skipped(self) -> Any:
+        """The data set's list of samples that can't be read, None without one."""
+        return getattr(self.dataset, "skipped", None)
+
     @property
     def transforms(self) -> Any:
         """Transforms of the data set."""
         return getattr(self.dataset, "transforms", None)
+
+
+def report_skipped(dataset: Any, output_dir: str | os.PathLike[str], role: str = "") -> None:
+    """Let a data set write the names of samples that it can't read to `skipped_files[_<role>].jsonl`.
+
+    Its log lines, made by the loaders, then tell where the list is. For data sets without such a list nothing happens.
+    """
+    skipped = getattr(dataset, "skipped", None)
+    if skipped is not None:
+        skipped.move_to(Path(output_dir or ".") / f"skipped_files{'_' if role else ''}{role}.jsonl")
 
 
 def get_labels(dataset: Any) -> Tensor:

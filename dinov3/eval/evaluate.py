@@ -21,13 +21,14 @@ def make_eval_data_loader(
 ) -> Any:
     """Batches (images, (index, targets)) of a test set, spread over the processes.
 
-    Every process gets equally many samples; those that fill up have the index -1. The lists of labels of
+    Every process gets equally many samples; those that fill up have the index -1, and so have samples that can't be
+    read: they are not scored. The lists of labels of
     `ANY_MATCH_ACCURACY` are padded with -1.
     """
     world_size = distributed.get_world_size()
     lists_of_labels = metric_type is ClassificationMetricType.ANY_MATCH_ACCURACY
     return make_data_loader(
-        dataset=DatasetWithEnumeratedTargets(dataset, pad_dataset=True, num_replicas=world_size),
+        dataset=DatasetWithEnumeratedTargets(dataset, pad_dataset=True, num_replicas=world_size, mark_skipped=True),
         batch_size=batch_size,
         num_workers=num_workers,
         shuffle=False,
@@ -52,7 +53,7 @@ def evaluate(
     """Run a model over a data set and score it in several ways at once. A collective of the world.
 
     The model runs on every batch of every process, whole batches of padding included: models that are sharded over the
-    processes communicate in `forward`. Padding (index below 0) is not scored.
+    processes communicate in `forward`. Padding and samples that can't be read (index below 0) are not scored.
 
     Args:
         model: from images to outputs of any form; put into evaluation mode.

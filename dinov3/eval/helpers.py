@@ -14,10 +14,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from dinov3 import distributed
+from dinov3.eval.feature_files import are_feature_files
 from dinov3.eval.results import save_from_dict
 
 logger = logging.getLogger("dinov3")
@@ -48,6 +50,8 @@ def run_main(argv: Sequence[str] | None, launcher: Callable[[dict[str, Any]], An
     eval_args = cli_parser(argv)
     with job_context(output_dir=eval_args["output_dir"]):
         launcher(eval_args)
+        if distributed.get_world_size() > 1:
+            torch.distributed.barrier()  # the main process writes last; a job that follows must not meet it in this one
     return 0
 
 
@@ -125,6 +129,8 @@ def args_dict_to_dataclass(
     merged = OmegaConf.merge(OmegaConf.load(config_file) if config_file else {}, values)
     plain = OmegaConf.to_container(merged, resolve=True)
     assert isinstance(plain, dict)
+    if are_feature_files((plain.get("train") or {}).get("dataset")):
+        plain.setdefault("model", {})  # the files say which model they are of
     _drop_unknown_keys(plain, config_dataclass, allow_unknown)
     _enum_names(plain, config_dataclass)
     config = OmegaConf.merge(OmegaConf.structured(config_dataclass), plain)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,12 @@ from dinov3 import distributed
 from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.data.transforms import CROP_DEFAULT_SIZE, RESIZE_DEFAULT_SIZE, get_target_transform
 from dinov3.eval.config import MISSING, FewShotConfig, ModelConfig, TransformConfig
-from dinov3.eval.data import create_train_dataset_dict, get_num_classes
+from dinov3.eval.data import create_train_dataset_dict, get_num_classes, report_skipped
 from dinov3.eval.features import extract_subsets, on_device_if_it_fits
 from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
+from dinov3.eval.metrics.confusion import ClassPairs
+from dinov3.eval.result_figures import ResultFigures
 from dinov3.eval.setup import autocast_context, load_model_and_context
 from dinov3.eval.utils import (
     ModelWithNormalize,
@@ -177,7 +179,10 @@ def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:
     """Evaluate as the parsed arguments say, write the results, and return them."""
     config, output_dir = args_dict_to_dataclass(eval_args, KnnEvalConfig)
     model, context = load_model_and_context(
-        config.model, output_dir, allow_unknown_keys=bool(eval_args.get("allow_unknown_keys"))
+        config.model,
+        output_dir,
+        allow_unknown_keys=bool(eval_args.get("allow_unknown_keys")),
+        datasets=(config.train.dataset, config.eval.test_dataset),
     )
     results = eval_knn_with_model(model=model, autocast_dtype=context["autocast_dtype"], config=config)
     write_results(results, output_dir, RESULTS_FILENAME)
@@ -208,6 +213,8 @@ def eval_knn_with_model(*, model: nn.Module, autocast_dtype: torch.dtype, config
         make_dataset(dataset_str=name, transform=transform, target_transform=get_target_transform(name))
         for name in (config.train.dataset, config.eval.test_dataset)
     )
+    report_skipped(train_dataset, config.output_dir, "train")
+    report_skipped(test_dataset, config.output_dir, "test")
     num_classes = get_num_classes(train_dataset)
     few_shot = config.few_shot
     subsets = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
@@ -218,6 +225,8 @@ def eval_knn_with_model(*, model: nn.Module, autocast_dtype: torch.dtype, config
         dtype = resolve_compute_dtype(as_torch_dtype(config.train.similarity_dtype or autocast_dtype), device)
         classifier = _KnnOnModel(normalized, _make_knn_modules(train_sets, config, device, dtype, num_classes))
         keys = [(t, k) for t, knn in classifier.knn_modules.items() for k in knn.ks]
+        first_try = next(iter(classifier.knn_modules))
+        drawn = [_Pairs(t, k) for t, k in keys if t == first_try]
         metric_type = config.eval.test_metric_type
         _, metrics, samples = evaluate(
             classifier,
@@ -227,19 +236,21 @@ def eval_knn_with_model(*, model: nn.Module, autocast_dtype: torch.dtype, config
                 num_workers=config.eval.num_workers,
                 metric_type=metric_type,
             ),
-            {key: partial(_scores_and_targets, key) for key in keys},
+            {key: partial(_scores_and_targets, tuple(key)) for key in (*keys, *drawn)},
             {
                 key: build_classification_metric(metric_type, num_classes=num_classes, dataset=test_dataset)
                 for key in keys
-            },
+            }
+            | {key: ClassPairs(num_classes) for key in drawn},
             device,
             accumulate_results=config.save_results,
         )
-    results = _summarize(metrics)
+    results = _summarize({key: metrics[key] for key in keys})
+    _draw(results, {key.k: metrics[key]["pairs"] for key in drawn}, num_classes, train_dataset, config.output_dir)
     if distributed.is_main_process():
         _append_json_lines(results, Path(config.output_dir))
         if config.save_results:
-            _save_samples(samples, config.output_dir, n_tries=len(train_sets))
+            _save_samples({key: samples[key] for key in keys}, config.output_dir, n_tries=len(train_sets))
     return results
 
 
@@ -289,8 +300,36 @@ class _KnnOnModel(nn.Module):
         return {(t, k): scores for t, knn in self.knn_modules.items() for k, scores in knn(features).items()}
 
 
-def _scores_and_targets(key: tuple[int, int], outputs: Any, targets: Tensor) -> dict[str, Tensor]:
-    return {"preds": outputs[key], "target": targets}
+def _scores_and_targets(key: tuple[Any, ...], outputs: Any, targets: Tensor) -> dict[str, Tensor]:
+    return {"preds": outputs[key[:2]], "target": targets}
+
+
+def _draw(
+    results: Mapping[str, float], pairs: Mapping[int, Tensor], num_classes: int, dataset: Any, output_dir: str
+) -> None:
+    """Tables and plots: accuracy per k; what the best k of the first try confuses."""
+    figures = ResultFigures(output_dir, Path(RESULTS_FILENAME).stem)
+    lines: dict[str, dict[float, float]] = {}
+    for name, value in results.items():
+        k, _, metric = name.partition(" ")
+        lines.setdefault(metric, {})[int(k)] = value
+    top_1 = next(iter(lines.values()))
+    figures.add_table("k-NN", [{"k": k, **{metric: points[k] for metric, points in lines.items()}} for k in top_1])
+    best = max(pairs, key=lambda k: top_1[k])
+    figures.add_accuracies(
+        "accuracy_per_k.png", "k-NN", lines, x_label="neighbours k", chosen=None if len(pairs) == 1 else best
+    )
+    names = getattr(dataset, "class_names", ())
+    figures.add_confusion("confusion.png", f"k-NN, k = {best}", pairs[best], num_classes, names)
+    figures.write()
+
+
+class _Pairs(NamedTuple):
+    """Key of the metric that counts what is taken for what; another one than that of the accuracy."""
+
+    t: int
+    k: int
+    what: str = "pairs"
 
 
 def _summarize(metrics: Mapping[tuple[int, int], Mapping[str, Tensor]]) -> dict[str, float]:

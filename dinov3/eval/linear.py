@@ -37,7 +37,7 @@ from dinov3.data import (
 )
 from dinov3.data.transforms import get_target_transform
 from dinov3.eval.config import MISSING, FewShotConfig, LossType, ModelConfig, TransformConfig
-from dinov3.eval.data import create_train_dataset_dict, get_num_classes
+from dinov3.eval.data import create_train_dataset_dict, get_num_classes, report_skipped
 from dinov3.eval.evaluate import evaluate, make_eval_data_loader
 from dinov3.eval.features import ModelWithIntermediateLayers, module_device
 from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
@@ -49,7 +49,9 @@ from dinov3.eval.linear_heads import (
     setup_linear_classifiers,
 )
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
+from dinov3.eval.metrics.confusion import ClassPairs
 from dinov3.eval.probe import ProbeCheckpoints, average_gradients, broadcast_parameters, train_probe
+from dinov3.eval.result_figures import ResultFigures
 from dinov3.eval.setup import autocast_context, load_model_and_context
 from dinov3.eval.sweep_sgd import SweepSGD
 from dinov3.eval.utils import average_metrics, save_results
@@ -216,6 +218,8 @@ class Evaluator:
         training_num_classes: outputs of the heads.
         output_dir: where `results_eval_linear.json` is appended to, and predictions are written.
         save_results: write the predictions of the best head.
+        accuracies: of all heads measured last, from 0 to 1.
+        pairs: what the best head took for what in the final evaluation (`ClassPairs`).
     """
 
     batch_size: int
@@ -226,6 +230,8 @@ class Evaluator:
     training_num_classes: int
     output_dir: str
     save_results: bool = False
+    accuracies: dict[str, float] = field(default_factory=dict, init=False)
+    pairs: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.metric_type in _NOT_AN_ACCURACY:
@@ -252,6 +258,7 @@ class Evaluator:
         iteration: int,
         head: str | None = None,
         suffix: str | None = None,
+        keep_pairs: bool = False,
     ) -> HeadAccuracy:
         """The best head and its accuracy; a collective of the world.
 
@@ -261,9 +268,14 @@ class Evaluator:
             iteration: written into the log.
             head: measure this one; default: all, and take the first of the best.
             suffix: of the files of predictions.
+            keep_pairs: set `pairs`.
         """
         names = list(linear_classifiers.classifiers_dict) if head is None else [head]
         num_classes = self.training_num_classes if self.class_mapping is None else len(self.class_mapping)
+
+        def pairs_of(name: str) -> list[tuple[str, str]]:
+            return [(name, "pairs")] if keep_pairs else []
+
         _, metrics, samples = evaluate(
             nn.Sequential(feature_model, linear_classifiers),
             make_eval_data_loader(
@@ -272,17 +284,19 @@ class Evaluator:
                 num_workers=self.num_workers,
                 metric_type=self.metric_type,
             ),
-            {name: LinearPostprocessor(name, self.class_mapping) for name in names},
+            {key: LinearPostprocessor(name, self.class_mapping) for name in names for key in (name, *pairs_of(name))},
             {
                 name: build_classification_metric(self.metric_type, num_classes=num_classes, dataset=self.dataset)
                 for name in names
-            },
+            }
+            | {key: ClassPairs(num_classes) for name in names for key in pairs_of(name)},
             module_device(linear_classifiers),
             accumulate_results=self.save_results,
         )
         linear_classifiers.train()
-        accuracies = {name: values["top-1"].item() for name, values in metrics.items()}
-        best = HeadAccuracy(*max(accuracies.items(), key=lambda item: item[1]))  # the first of equals
+        self.accuracies = {name: metrics[name]["top-1"].item() for name in names}
+        best = HeadAccuracy(*max(self.accuracies.items(), key=lambda item: item[1]))  # the first of equals
+        self.pairs = metrics[best.name, "pairs"]["pairs"] if keep_pairs else None
         logger.info("iteration %d, %s: best is %s with %.4f", iteration, self.dataset_str, best.name, best.accuracy)
         if distributed.is_main_process():
             self._write(best, iteration, samples[best.name], suffix)
@@ -370,6 +384,7 @@ def train_linear_classifiers(
             linear_classifiers=linear_classifiers,
             iteration=iteration,
             suffix=suffix if final else None,
+            keep_pairs=final,
         )
         best[:] = [found]
         return 100.0 * found.accuracy
@@ -450,7 +465,10 @@ def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluate as the parsed arguments say, write the results, and return them."""
     config, output_dir = args_dict_to_dataclass(eval_args, LinearEvalConfig)
     model, context = load_model_and_context(
-        config.model, output_dir, allow_unknown_keys=bool(eval_args.get("allow_unknown_keys"))
+        config.model,
+        output_dir,
+        allow_unknown_keys=bool(eval_args.get("allow_unknown_keys")),
+        datasets=(config.train.dataset, config.train.val_dataset, *config.eval.test_datasets),
     )
     results = eval_linear_with_model(model=model, autocast_dtype=context["autocast_dtype"], config=config)
     write_results(results, output_dir, RESULTS_FILENAME)
@@ -484,6 +502,7 @@ def eval_linear_with_model(
         transform=make_classification_train_transform(crop_size=config.transform.crop_size),
         target_transform=get_target_transform(train.dataset),
     )
+    report_skipped(train_dataset, config.output_dir, "train")
     num_classes = get_num_classes(train_dataset)
     val_evaluator, *test_evaluators = _make_evaluators(config, num_classes)
     few_shot = config.few_shot
@@ -509,10 +528,13 @@ def eval_linear_with_model(
                 iteration=train.epochs * train.epoch_length,
                 head=best.name,
                 suffix=suffix,
+                keep_pairs=True,
             )
             for evaluator in test_evaluators
         ]
         results[t] = _summarize([val_evaluator, *test_evaluators], [best, *tested])
+        if t == next(iter(tries)):
+            _draw(linear_classifiers, best, [val_evaluator, *test_evaluators], train_dataset, config.output_dir)
     final = results[0] if len(results) == 1 else average_metrics(results, ignore_keys=["best_classifier"])
     logger.info("results: %s", final)
     return final
@@ -527,7 +549,7 @@ def _make_evaluators(config: LinearEvalConfig, num_classes: int) -> list[Evaluat
             "eval.test_datasets: give one for each, or none"
         )
     names = [config.train.val_dataset, *config.eval.test_datasets]
-    return [
+    evaluators = [
         Evaluator(
             batch_size=config.eval.batch_size,
             num_workers=config.eval.num_workers,
@@ -540,6 +562,53 @@ def _make_evaluators(config: LinearEvalConfig, num_classes: int) -> list[Evaluat
         )
         for name, metric_type in zip(names, (config.train.val_metric_type, *metric_types), strict=True)
     ]
+    for evaluator, role in zip(evaluators, ["val", *["test"] * len(config.eval.test_datasets)], strict=True):
+        report_skipped(evaluator.dataset, config.output_dir, role)
+    return evaluators
+
+
+def _draw(
+    heads: AllClassifiers, best: HeadAccuracy, evaluators: Sequence[Evaluator], train_dataset: Any, output_dir: str
+) -> None:
+    """Tables and plots of one try: validation accuracy of every head; what the best one confuses, set by set."""
+    figures = ResultFigures(output_dir, Path(RESULTS_FILENAME).stem)
+    validation = evaluators[0].accuracies
+    lines: dict[str, dict[float, float]] = {}
+    rows = []
+    for name, head in heads.classifiers_dict.items():
+        percent = 100.0 * validation[name]
+        rows.append({"classifier": name, "layers": head.use_n_blocks, "validation, %": percent})
+        if head.learning_rate is not None:
+            rows[-1]["learning rate"] = f"{head.learning_rate:.6g}"
+            label = f"last {head.use_n_blocks} layers" if head.use_n_blocks != 1 else "last layer"
+            lines.setdefault(label, {})[float(head.learning_rate)] = percent  # type: ignore[arg-type]
+    figures.add_table(
+        f"Linear: {best.name}",
+        [
+            {"data set": evaluator.dataset_str, "metric": str(evaluator.metric_type), "%": 100.0 * value}
+            for evaluator in evaluators
+            for value in [evaluator.accuracies[best.name]]
+        ],
+    )
+    if lines:
+        figures.add_accuracies(
+            "accuracy_per_learning_rate.png",
+            "Linear heads, validation set",
+            lines,
+            x_label="learning rate",
+            chosen=heads.classifiers_dict[best.name].learning_rate,  # type: ignore[arg-type]
+        )
+    for i, evaluator in enumerate(evaluators):
+        mapping = evaluator.class_mapping
+        names = list(getattr(train_dataset, "class_names", ()))
+        num_classes = evaluator.training_num_classes if mapping is None else len(mapping)
+        if mapping is not None and names:
+            names = [names[number] for number in mapping]
+        if evaluator.pairs is not None:
+            file = "confusion_validation.png" if i == 0 else f"confusion_test_{i}.png"
+            figures.add_confusion(file, f"Linear, {evaluator.dataset_str}", evaluator.pairs, num_classes, names)
+    figures.add_table("All heads", rows)
+    figures.write()
 
 
 def _summarize(evaluators: Sequence[Evaluator], accuracies: Sequence[HeadAccuracy]) -> dict[str, Any]:

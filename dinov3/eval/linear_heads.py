@@ -57,6 +57,7 @@ class LinearClassifier(nn.Module):
         super().__init__()
         self.out_dim, self.num_classes = out_dim, num_classes
         self.use_n_blocks, self.use_avgpool = use_n_blocks, use_avgpool
+        self.learning_rate: float | None = None  # what it is trained with, scaled
         self.linear = nn.Linear(out_dim, num_classes)
         nn.init.normal_(self.linear.weight, mean=0.0, std=0.01)
         nn.init.zeros_(self.linear.bias)
@@ -239,6 +240,7 @@ def setup_linear_classifiers(
             lr = scale_lr(learning_rate, batch_size, world_size)
             width = create_linear_input(sample_output, n, use_avgpool=True).shape[1]
             head = LinearClassifier(width, n, True, num_classes).to(sample_output[0][1].device)
+            head.learning_rate = lr
             heads[_unused_name(f"classifier_{n}_blocks_avgpool_True_lr_{lr:.5f}".replace(".", "_"), heads)] = head
             groups.append({"params": list(head.parameters()), "lr": lr})
     return AllClassifiers(heads), groups

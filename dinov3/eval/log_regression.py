@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -24,11 +25,13 @@ from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.data.transforms import get_target_transform
 from dinov3.eval.accumulators import ResultsAccumulator
 from dinov3.eval.config import MISSING, FewShotConfig, ModelConfig, TransformConfig
-from dinov3.eval.data import create_train_dataset_dict, get_num_classes, split_train_val_datasets
+from dinov3.eval.data import create_train_dataset_dict, get_num_classes, report_skipped, split_train_val_datasets
 from dinov3.eval.features import extract_features, extract_subsets, on_device_if_it_fits
 from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
 from dinov3.eval.logistic import LogisticModel, LogisticRegression, SklearnLogisticRegression
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
+from dinov3.eval.metrics.confusion import ClassPairs
+from dinov3.eval.result_figures import ResultFigures
 from dinov3.eval.setup import autocast_context, load_model_and_context
 from dinov3.eval.utils import average_metrics, save_results
 from dinov3.utils.device import default_device
@@ -219,14 +222,18 @@ class TryResult(NamedTuple):
 
     Attributes:
         best_C: the chosen C.
+        by_C: validation metrics of every C.
         metrics: on the test set, from 0 to 1 (where the metric is a fraction).
         preds, target: of all test samples.
+        class_names: of the train set, where it has them.
     """
 
     best_C: float
+    by_C: dict[float, dict[str, float]]
     metrics: dict[str, float]
     preds: Tensor
     target: Tensor
+    class_names: Sequence[str] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,7 +248,10 @@ def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:
     """Evaluate as the parsed arguments say, write the results, and return them."""
     config, output_dir = args_dict_to_dataclass(eval_args, LogregEvalConfig)
     model, context = load_model_and_context(
-        config.model, output_dir, allow_unknown_keys=bool(eval_args.get("allow_unknown_keys"))
+        config.model,
+        output_dir,
+        allow_unknown_keys=bool(eval_args.get("allow_unknown_keys")),
+        datasets=(config.train.dataset, config.train.val_dataset, config.eval.test_dataset),
     )
     results = eval_log_regression_with_model(model=model, autocast_dtype=context["autocast_dtype"], config=config)
     write_results(results, output_dir, RESULTS_FILENAME)
@@ -265,15 +275,42 @@ def eval_log_regression_with_model(
         ValueError: a metric that isn't a number that grows with quality, or data sets that don't fit.
     """
     tries = evaluate_tries(model=model, autocast_dtype=autocast_dtype, config=config)
-    percent = {t: {name: 100.0 * value for name, value in result.metrics.items()} for t, result in tries.items()}
+    percent = {t: _percent(result.metrics) for t, result in tries.items()}
     results = percent[0] if len(percent) == 1 else average_metrics(percent)
     for name, value in results.items():
         logger.info("%s: %.2f", name, value)
+    _draw(results, tries, config.output_dir)
     if config.save_results and distributed.is_main_process():
         for t, result in tries.items():
             suffix = None if len(tries) == 1 else str(t)
             save_results(result.preds, result.target, config.output_dir, filename_suffix=suffix)
     return results
+
+
+def _draw(results: Mapping[str, float], tries: Mapping[int, TryResult], output_dir: str) -> None:
+    """Tables and plots: validation accuracy per C; what the first try's model confuses."""
+    figures = ResultFigures(output_dir, Path(RESULTS_FILENAME).stem)
+    first = next(iter(tries.values()))
+    figures.add_table("Logistic regression, test set", [{"chosen C": first.best_C, **results}])
+    lines: dict[str, dict[float, float]] = {}
+    for t, result in tries.items():
+        for C, metrics in result.by_C.items():
+            for name, value in metrics.items():
+                label = f"validation {name}" + (f", try {t}" if len(tries) > 1 else "")
+                lines.setdefault(label, {})[C] = 100.0 * value
+    figures.add_accuracies(
+        "accuracy_per_C.png", "Logistic regression", lines, x_label="C (inverse penalty)", chosen=first.best_C
+    )
+    pairs = ClassPairs(first.preds.shape[1])
+    pairs.update(first.preds, first.target)  # of all processes already
+    title = f"Logistic regression, C = {first.best_C:.3g}"
+    figures.add_confusion("confusion.png", title, pairs.own(), pairs.num_classes, first.class_names)
+    figures.add_table("Validation", [{"C": C, **_percent(metrics)} for C, metrics in first.by_C.items()])
+    figures.write()
+
+
+def _percent(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: 100.0 * value for name, value in metrics.items()}
 
 
 def evaluate_tries(*, model: nn.Module, autocast_dtype: torch.dtype, config: LogregEvalConfig) -> dict[int, TryResult]:
@@ -287,6 +324,9 @@ def evaluate_tries(*, model: nn.Module, autocast_dtype: torch.dtype, config: Log
     transform = _make_transform(config.transform)
     train_dataset = _make_dataset(config.train.dataset, transform)
     test_dataset = _make_dataset(config.eval.test_dataset, transform)
+    report_skipped(train_dataset, config.output_dir, "train")
+    report_skipped(test_dataset, config.output_dir, "test")
+    class_names = getattr(train_dataset, "class_names", ())
     num_classes = get_num_classes(train_dataset)
     few_shot = config.few_shot
     if config.train.val_dataset is None:
@@ -294,6 +334,7 @@ def evaluate_tries(*, model: nn.Module, autocast_dtype: torch.dtype, config: Log
         train_dataset, val_dataset = split_train_val_datasets(train_dataset, part)
     else:
         val_dataset = _make_dataset(config.train.val_dataset, transform)
+        report_skipped(val_dataset, config.output_dir, "val")
     subsets = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
 
     batch_size, num_workers = config.train.batch_size, config.train.num_workers
@@ -304,7 +345,9 @@ def evaluate_tries(*, model: nn.Module, autocast_dtype: torch.dtype, config: Log
         test_set = _extract(model, test_dataset, eval_batch_size, config.eval.num_workers, test_metric_type)
     model.cpu()  # makes room for the solver
     return {
-        t: _evaluate_one(train_set, val_set, test_set, test_dataset, num_classes, test_metric_type, config)
+        t: _evaluate_one(train_set, val_set, test_set, test_dataset, num_classes, test_metric_type, config)._replace(
+            class_names=class_names
+        )
         for t, train_set in train_sets.items()
     }
 
@@ -373,7 +416,7 @@ def _evaluate_one(
         num_classes=num_classes,
         solver=train.solver,
     )
-    return TryResult(best_C, *_test(module, *test_set, test_dataset, num_classes, test_metric_type))
+    return TryResult(best_C, by_C, *_test(module, *test_set, test_dataset, num_classes, test_metric_type))
 
 
 def _test(

@@ -1,8 +1,7 @@
 """The frozen model of an evaluation: from its configuration to a module on the device, and the dtype to run it in."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch import nn
 
 from dinov3.eval.config import ModelConfig
+from dinov3.eval.feature_files import stored_model
+from dinov3.models.features import autocast_context
 from dinov3.utils.device import default_device
-from dinov3.utils.dtype import resolve_compute_dtype
 
 logger = logging.getLogger("dinov3")
 
@@ -19,7 +19,11 @@ __all__ = ["ModelConfig", "autocast_context", "describe_model", "load_model_and_
 
 
 def load_model_and_context(
-    model_config: ModelConfig, output_dir: str, *, allow_unknown_keys: bool = False
+    model_config: ModelConfig,
+    output_dir: str,
+    *,
+    allow_unknown_keys: bool = False,
+    datasets: Iterable[str | None] = (),
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model in evaluation mode on the default device, and what to run it with.
 
@@ -27,6 +31,8 @@ def load_model_and_context(
         model_config: a hub entry, or a training's configuration with its weights.
         output_dir: of the evaluation.
         allow_unknown_keys: unknown keys in the training's configuration are a warning.
+        datasets: dataset strings that are going to be used. If they are features in files, no model is needed: a
+            stand-in that passes them on is returned.
 
     Returns:
         The model, and `{"autocast_dtype": ...}`.
@@ -34,6 +40,9 @@ def load_model_and_context(
     Raises:
         ValueError: neither or both of `dino_hub` and `config_file`, or an unknown hub entry.
     """
+    stored = stored_model(datasets)
+    if stored is not None:
+        return stored.to(default_device()).eval(), {"autocast_dtype": torch.float}
     hub_name, config_file = model_config.dino_hub, model_config.config_file
     if hub_name is not None and config_file is None:
         model, autocast_dtype = _hub_model(hub_name, model_config.pretrained_weights), torch.float
@@ -134,9 +143,3 @@ def setup_and_build_model(
     model = build_model_for_eval(config, pretrained_weights, shard_unsharded_model=shard_unsharded_model)
     bf16 = config.compute_precision.param_dtype == "bf16"
     return model, torch.bfloat16 if bf16 else torch.float
-
-
-def autocast_context(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Autocast to `dtype` on `device`; no autocast for float32, and none on a CPU that has no fast `dtype`."""
-    dtype = resolve_compute_dtype(dtype, device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from dinov3.eval.config import LossType
 from dinov3.eval.evaluate import evaluate, make_eval_data_loader
+from dinov3.eval.feature_files import load_features_dict, save_features_dict
 from dinov3.eval.features import (
     ModelWithIntermediateLayers,
     ModelWithMultiScale,
     ModelWithNormalize,
     extract_features,
-    load_features_dict,
-    save_features_dict,
     wrap_model,
 )
 

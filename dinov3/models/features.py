@@ -1,8 +1,9 @@
 """Features of frozen backbones: which layers, normed or not, in which precision, and how images fit the patch grid."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,26 @@ def resize_to_patches(images: Tensor, patch_size: int) -> Tensor:
     flat = images.reshape(-1, *images.shape[-3:])
     resized = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
     return resized.reshape(*images.shape[:-2], *size)
+
+
+def autocast_context(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Autocast to `dtype` on `device`; none for float32, and none on a CPU, which has no fast half precision."""
+    dtype = resolve_compute_dtype(dtype, device)
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, dtype=dtype) if half else nullcontext()
+
+
+@torch.no_grad()  # and not inference mode: a sharded model that ran in it first could not be trained later
+def take_layers(
+    backbone: nn.Module,
+    images: Tensor,
+    layers: int | Sequence[int],
+    autocast: AbstractContextManager[Any],
+    **options: Any,
+) -> Any:
+    """What `backbone.get_intermediate_layers(images, n=layers, **options)` gives, without gradients, under autocast."""
+    with autocast:
+        return cast(Backbone, backbone).get_intermediate_layers(images, n=layers, **options)
 
 
 class LayerFeatures(NamedTuple):
@@ -177,7 +198,7 @@ class FrozenFeatures(nn.Module):
         )
 
 
-@torch.no_grad()  # and not inference mode: a sharded model that ran in it first could not be trained later
+@torch.no_grad()
 def frozen_features(
     backbone: nn.Module,
     images: Tensor,
@@ -204,12 +225,16 @@ def frozen_features(
     elif fit == "resize":
         images = resize_to_patches(images, stride)
         valid = images.new_ones((len(images), *(side // stride for side in images.shape[-2:])), dtype=torch.bool)
-    dtype = resolve_compute_dtype(autocast_dtype, images.device)
-    half = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(images.device.type, dtype=dtype if half else None, enabled=half):
-        outputs = protocol.get_intermediate_layers(
-            images, indices, reshape=True, return_class_token=True, return_extra_tokens=True, norm=norm
-        )
+    outputs = take_layers(
+        backbone,
+        images,
+        indices,
+        autocast_context(images.device, autocast_dtype),
+        reshape=True,
+        return_class_token=True,
+        return_extra_tokens=True,
+        norm=norm,
+    )
     return Features(tuple(LayerFeatures(*output) for output in outputs), valid)
 
 

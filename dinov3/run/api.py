@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dinov3.data.registry import dataset_names
+from dinov3.data.registry import as_dataset_str as as_dataset
 
 EVALUATIONS = ("knn", "linear", "log_regression")
 TASKS = ("segmentation", "depth", "detection")
@@ -172,20 +172,6 @@ def _model_settings(run: str | Path | None, model: str | None, weights: str | Pa
     if run is not None:
         return [f"model.config_file={run}/config.yaml", f"model.pretrained_weights={run}/teacher_checkpoint.pth"]
     return [f"model.dino_hub={model}"] + ([f"model.pretrained_weights={weights}"] if weights else [])
-
-
-def as_dataset(data: str | Path) -> str:
-    """The dataset string of a folder; a dataset string as it is.
-
-    Raises:
-        FileNotFoundError: neither.
-    """
-    text = str(data)
-    if Path(text).expanduser().is_dir():
-        return f'ImageFolder:root="{text}"' if set(text) & set(":=") else f"ImageFolder:root={text}"
-    if text.split(":")[0] in dataset_names() or (":" in text and not Path(text).is_absolute()):
-        return text
-    raise FileNotFoundError(f"data={text} is no folder, and no dataset string (Name:key=value; docs/data.md)")
 
 
 def labelled_splits(data: str | Path) -> tuple[Path, Path]:

@@ -11,12 +11,11 @@ from torch.nn.functional import cross_entropy
 
 from dinov3.eval.accumulators import ResultsAccumulator
 from dinov3.eval.evaluate import evaluate, make_eval_data_loader
+from dinov3.eval.feature_files import load_features_dict, save_features_dict
 from dinov3.eval.features import (
     ModelWithIntermediateLayers,
     ModelWithMultiScale,
     extract_features,
-    load_features_dict,
-    save_features_dict,
     wrap_model,
 )
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric

@@ -69,6 +69,7 @@ class ImageCollection(ExtendedVisionDataset):
         self.on_error = on_error
         self.channels = channels
         self.skipped = SkippedFiles()
+        self._replaced: set[int] = set()
 
     def get_image_relpath(self, index: int) -> str:
         """Name of a sample, for messages and lists."""
@@ -100,10 +101,15 @@ class ImageCollection(ExtendedVisionDataset):
             f"{type(self).__name__}: none of {n_tries} images from {self.get_image_relpath(first)} on can be decoded"
         )
 
+    def was_skipped(self, index: int) -> bool:
+        """Whether this process has found a sample unreadable, and has given another one in its place."""
+        return index in self._replaced
+
     def _place(self, index: int) -> str:
         return os.path.join(self.root or "", self.get_image_relpath(index))
 
     def _note(self, index: int, error: UnreadableSampleError) -> None:
+        self._replaced.add(index)
         if self.skipped.add(self.get_image_relpath(index), repr(error.__cause__)):
             logger.debug(f"{self._place(index)} can't be decoded, another image takes its place: {error.__cause__!r}")
 

@@ -1,0 +1,454 @@
+"""Features as files: their layout, the writer that can go on where it was stopped, and the data set that reads them.
+
+A folder of features holds `features.json`, which says what they are, and per shard a file of features and one of
+samples (Parquet has both in one file). Rows are in the order of the data set; images that couldn't be read have none.
+
+    features-00003-of-00120.safetensors   `features` [n, D] or [n, P, D];  .npy: the same as an array
+    samples-00003-of-00120.csv            columns index, name, label;      .parquet: these and `features`
+
+A shard is complete when its file of features is there: that one is written last, under another name first.
+"""
+
+import csv
+import io
+import json
+import logging
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dinov3 import distributed
+from dinov3.checkpointer.export import write_safetensors
+from dinov3.checkpointer.files import read_safetensors
+from dinov3.data.registry import parse_dataset_str, register_dataset
+from dinov3.utils.dtype import as_torch_dtype
+from dinov3.utils.files import atomically
+
+logger = logging.getLogger("dinov3")
+
+FORMATS = ("safetensors", "npy", "parquet")
+_MANIFEST = "features.json"
+_DATASET_NAME = "Features"
+
+
+class Tokens(Enum):
+    """What a row of features holds; see `features.py`."""
+
+    CLS = "cls"
+    MEAN = "mean"
+    CLS_MEAN = "cls_mean"
+    PATCHES = "patches"
+
+
+@dataclass(frozen=True)
+class FeatureRequest:
+    """What features were asked for; as it stands in `features.json`.
+
+    Attributes:
+        dataset: folder or dataset string.
+        count: images of it.
+        model: where the model comes from, with size and date of a file of weights.
+        tokens: name of a member of `Tokens`.
+        widths: of the class token of each layer.
+        transform: sizes of the images.
+        format, dtype: of the files.
+        shard_size: images per shard.
+    """
+
+    dataset: str
+    count: int
+    model: Mapping[str, Any]
+    tokens: str
+    widths: Sequence[int]
+    transform: Mapping[str, int]
+    format: str
+    dtype: str
+    shard_size: int
+
+    @classmethod
+    def of(cls, config: Any, count: int, widths: Sequence[int]) -> "FeatureRequest":
+        """From a `FeaturesConfig`.
+
+        Raises:
+            ValueError: an unknown format or dtype, or a shard size below 1.
+        """
+        if config.format not in FORMATS:
+            raise ValueError(f"format={config.format!r}: expected one of {', '.join(FORMATS)}")
+        if as_torch_dtype(config.dtype) not in (torch.float32, torch.float16):
+            raise ValueError(f"dtype={config.dtype!r}: expected fp32 or fp16")
+        if config.shard_size < 1:
+            raise ValueError(f"shard_size={config.shard_size}: expected at least 1")
+        model = asdict(config.model)
+        weights = Path(config.model.pretrained_weights or "")
+        if weights.is_file():  # the newest export of a training has one name: features of two must not be mixed
+            model |= {"size": weights.stat().st_size, "modified_ns": weights.stat().st_mtime_ns}
+        return cls(
+            dataset=config.dataset,
+            count=count,
+            model=model,
+            tokens=config.tokens.name,
+            widths=list(widths),
+            transform=asdict(config.transform),
+            format=config.format,
+            dtype=config.dtype,
+            shard_size=config.shard_size,
+        )
+
+
+class FeatureWriter:
+    """Writes the shards of a folder.
+
+    Args:
+        folder: made if needed.
+        request: what is written.
+        dataset: gives labels (`get_target`) and names (`get_image_relpath`), where it has them, and `class_names`.
+
+    Raises:
+        ValueError: the folder holds features that were asked for differently.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], request: FeatureRequest, dataset: Any) -> None:
+        self.folder, self.request = Path(folder or "."), request
+        self.n_shards = -(-request.count // request.shard_size)
+        self._target = getattr(dataset, "get_target", lambda index: None)
+        self._name = getattr(dataset, "get_image_relpath", str)
+        self._kept: dict[int, Tensor | None] = {}
+        self._start(list(getattr(dataset, "class_names", ())))
+
+    def _start(self, class_names: list[str]) -> None:
+        manifest = {"request": json.loads(json.dumps(asdict(self.request))), "class_names": class_names}
+        path = self.folder / _MANIFEST
+        if path.exists():
+            earlier = json.loads(path.read_text())["request"]
+            if differing := [key for key, value in manifest["request"].items() if earlier.get(key) != value]:
+                raise ValueError(
+                    f"{self.folder} holds other features, which differ in {', '.join(differing)} (see {path}): write "
+                    "to another folder, or delete this one"
+                )
+        elif distributed.is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(path, json.dumps(manifest, indent=2) + "\n")
+
+    def rows(self, shard: int) -> range:
+        """Positions in the data set of a shard's images."""
+        size = self.request.shard_size
+        return range(shard * size, min((shard + 1) * size, self.request.count))
+
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards that are not complete."""
+        return [shard for shard in range(self.n_shards) if not self._path("features", shard).exists()]
+
+    def add(self, row: int, vector: Tensor | None) -> None:
+        """Add the features of an image, None if it couldn't be read; the last one of a shard writes it."""
+        shard = row // self.request.shard_size
+        self._kept[row] = vector
+        rows = self.rows(shard)
+        if row == rows[-1]:
+            self._write_shard(shard, [self._kept.pop(r) for r in rows])
+
+    def finish(self) -> None:
+        """Check that all shards are there.
+
+        Raises:
+            RuntimeError: some are missing.
+        """
+        if missing := self.missing_shards():
+            raise RuntimeError(f"{self.folder}: {len(missing)} of {self.n_shards} shards are missing")
+        logger.info("features of %d images: %d shards in %s", self.request.count, self.n_shards, self.folder)
+
+    def _path(self, kind: str, shard: int) -> Path:
+        suffix = self.request.format if kind == "features" else "csv"
+        return self.folder / f"{kind}-{shard:05d}-of-{self.n_shards:05d}.{suffix}"
+
+    def _write_shard(self, shard: int, vectors: Sequence[Tensor | None]) -> None:
+        readable = [(row, v) for row, v in zip(self.rows(shard), vectors, strict=True) if v is not None]
+        rows = [row for row, _ in readable]
+        dtype = as_torch_dtype(self.request.dtype)
+        # A shard of nothing but unreadable images is a file too.
+        features = torch.stack([v for _, v in readable]).to(dtype) if readable else torch.empty(0, 0, dtype=dtype)
+        samples: dict[str, list[Any]] = {
+            "index": rows,
+            "name": [self._name(row) for row in rows],
+            "label": [_as_json(self._target(row)) for row in rows],
+        }
+        path = self._path("features", shard)
+        if self.request.format == "parquet":
+            _write_parquet(path, features, samples)
+        else:
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(samples)
+            writer.writerows(zip(*samples.values(), strict=True))
+            _write(self._path("samples", shard), text.getvalue())
+            if self.request.format == "npy":
+                with atomically(path) as temporary, open(temporary, "wb") as file:
+                    np.save(file, features.numpy())
+            else:
+                write_safetensors({"features": features}, path)
+        logger.info("%s: %d images", path.name, len(rows))
+
+
+def _as_json(target: Any) -> str:
+    """A label as text: a number, a list of numbers, or nothing."""
+    if target is None or target == ():
+        return ""
+    plain = target.tolist() if hasattr(target, "tolist") else target
+    return json.dumps(plain)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _write_parquet(path: Path, features: Tensor, samples: Mapping[str, list[Any]]) -> None:
+    pyarrow, parquet = _pyarrow()
+    labels: list[Any] = [json.loads(text) if text else None for text in samples["label"]]
+    if not all(label is None or isinstance(label, int) for label in labels):
+        labels = [text or None for text in samples["label"]]
+    flat = features.flatten(1).numpy()
+    columns = {
+        "index": pyarrow.array(samples["index"], pyarrow.int64()),
+        "name": pyarrow.array(samples["name"], pyarrow.string()),
+        "label": pyarrow.array(labels) if any(label is not None for label in labels) else pyarrow.nulls(len(labels)),
+        "features": pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat.reshape(-1)), max(flat.shape[1], 1)),
+    }
+    # The shape of a row, which a list of numbers doesn't tell.
+    table = pyarrow.table(columns).replace_schema_metadata({"shape": json.dumps(list(features.shape[1:]))})
+    with atomically(path) as temporary:
+        parquet.write_table(table, temporary)
+
+
+def _read_parquet(path: Path) -> tuple[Tensor, list[dict[str, Any]]]:
+    _, parquet = _pyarrow()
+    table = parquet.read_table(path)
+    shape = json.loads(table.schema.metadata[b"shape"])
+    values = table.column("features").combine_chunks()
+    features = torch.from_numpy(values.flatten().to_numpy(zero_copy_only=False).copy()).view(len(table), *shape)
+    labels = [json.loads(label) if isinstance(label, str) else label for label in table.column("label").to_pylist()]
+    names = table.column("name").to_pylist()
+    return features, [{"name": name, "label": label} for name, label in zip(names, labels, strict=True)]
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("Parquet files need pyarrow: pip install 'dinov3[formats]'") from error
+    return pyarrow, pyarrow.parquet
+
+
+class FeatureFiles(Dataset[tuple[Tensor, Any]]):
+    """The rows of a folder of features, with their labels: `Features:root=<FOLDER>`.
+
+    Items are (features, float32, `[D]` or `[P, D]`; target). Features are mapped into memory where the format allows.
+
+    Args:
+        root: the folder.
+        transforms, transform: of images; they have no effect.
+        target_transform: of targets.
+
+    Attributes:
+        request: what was asked for (`FeatureRequest`), as a dictionary.
+        class_names: of the data set that the features are of; empty if it has none.
+
+    Raises:
+        FileNotFoundError: no features there.
+        ValueError: they are not complete.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | os.PathLike[str],
+        transforms: Callable[..., Any] | None = None,
+        transform: Callable[..., Any] | None = None,
+        target_transform: Callable[..., Any] | None = None,
+    ) -> None:
+        del transforms, transform
+        folder = Path(root).expanduser()
+        if not (folder / _MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no features: {_MANIFEST} is missing (python -m dinov3.eval.features)"
+            )
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        self.root = folder
+        self.request: dict[str, Any] = manifest["request"]
+        self.class_names: list[str] = manifest["class_names"]
+        self.target_transform = target_transform
+        self.transform = self.transforms = None
+        n_shards = -(-self.request["count"] // self.request["shard_size"])
+        files = [folder / f"features-{i:05d}-of-{n_shards:05d}.{self.request['format']}" for i in range(n_shards)]
+        if missing := [file for file in files if not file.is_file()]:
+            raise ValueError(
+                f"{len(missing)} of {n_shards} shards of {folder} are missing, the first is {missing[0].name}: run the "
+                "command that wrote it again, it goes on"
+            )
+        shards = [_read_shard(file, folder / f"samples-{file.stem.partition('-')[2]}.csv") for file in files]
+        self._features = [features for features, _ in shards]
+        samples = [sample for _, rows in shards for sample in rows]
+        self._names = [sample["name"] for sample in samples]
+        self._targets = [sample["label"] for sample in samples]
+        self._ends = list(accumulate(len(features) for features in self._features))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is out of range: there are {len(self)} rows")
+        shard = bisect_right(self._ends, index)
+        row = index - (self._ends[shard] - len(self._features[shard]))
+        target = self._targets[index]
+        if self.target_transform is not None:
+            target = self.target_transform(target)
+        return self._features[shard][row].float(), target
+
+    def get_target(self, index: int) -> Any:
+        """Label of a row, None without one."""
+        return self._targets[index]
+
+    def get_targets(self) -> Any:
+        """Labels of all rows: int64 `[n]`, or a list of lists; None without labels."""
+        if any(target is None for target in self._targets):
+            return None
+        return np.array(self._targets, dtype=np.int64) if isinstance(self._targets[0], int) else self._targets
+
+    def get_image_relpath(self, index: int) -> str:
+        """Name of the image of a row."""
+        return self._names[index]
+
+
+def _read_shard(path: Path, samples: Path) -> tuple[Tensor, list[dict[str, Any]]]:
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    if path.suffix == ".npy":
+        features = torch.from_numpy(np.load(path, mmap_mode="c"))  # copies what is written to, as torch wants it
+    else:
+        features = read_safetensors(path)["features"]
+    with open(samples, encoding="utf-8", newline="") as file:
+        rows = [{"name": row["name"], "label": json.loads(row["label"] or "null")} for row in csv.DictReader(file)]
+    return features, rows
+
+
+register_dataset(_DATASET_NAME, FeatureFiles, keys=("root",), required=("root",))
+
+
+def are_feature_files(dataset_str: Any) -> bool:
+    """Whether a dataset string names features."""
+    return isinstance(dataset_str, str) and dataset_str.partition(":")[0] == _DATASET_NAME
+
+
+class StoredFeatures(nn.Module):
+    """What stands in a model's place when data sets hold its features: it passes them on in the form that is wanted.
+
+    Args:
+        request: of the features.
+    """
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.tokens, self.widths = Tokens[request["tokens"]], list(request["widths"])
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """The rows `[B, D]` themselves.
+
+        Raises:
+            ValueError: they are patches.
+        """
+        if self.tokens is Tokens.PATCHES:
+            raise ValueError("features of patches can't be used here: extract them with tokens=cls, mean or cls_mean")
+        return rows
+
+    def get_intermediate_layers(self, rows: Tensor, n: int = 1, **_: Any) -> list[tuple[Tensor, Tensor]]:
+        """(mean patch token `[B, 1, D]`, class token `[B, D]`) of the last n layers; the mean is that of the last one.
+
+        Raises:
+            ValueError: the files don't hold these.
+        """
+        if self.tokens is not Tokens.CLS_MEAN or n > len(self.widths):
+            raise ValueError(
+                f"linear heads on the last {n} layers need features of tokens=cls_mean layers={n}; these have "
+                f"tokens={self.tokens.value} layers={len(self.widths)}"
+            )
+        *class_tokens, mean = rows.split([*self.widths, self.widths[-1]], dim=1)
+        return [(mean[:, None], class_token) for class_token in class_tokens[-n:]]
+
+
+def stored_model(dataset_strs: Iterable[str | None]) -> StoredFeatures | None:
+    """The stand-in for the model if these data sets are features; None if none of them is.
+
+    Raises:
+        ValueError: some are and some aren't, or they are of different kinds.
+    """
+    given = [name for name in dataset_strs if name is not None]
+    stored = [name for name in given if are_feature_files(name)]
+    if not stored:
+        return None
+    if len(stored) < len(given):
+        raise ValueError(f"features and images can't be mixed: got {', '.join(given)}")
+    requests = []
+    for name in stored:
+        path = Path(parse_dataset_str(name)[1]["root"]).expanduser() / _MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.parent} holds no features: {_MANIFEST} is missing")
+        requests.append(json.loads(path.read_text())["request"])
+    for name, request in zip(stored[1:], requests[1:], strict=True):
+        for key in ("model", "tokens", "widths", "transform"):
+            if request[key] != requests[0][key]:
+                raise ValueError(
+                    f"{stored[0]} and {name} differ in {key}: {requests[0][key]} and {request[key]}; features of one "
+                    "kind are needed"
+                )
+    return StoredFeatures(requests[0])
+
+
+def save_features_dict(features_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write named tensors to a `.pt` or a `.npy` file, by the extension."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in features_dict.items()}
+    if _extension(path) == ".pt":
+        torch.save(tensors, path)
+    else:
+        arrays: Any = {name: tensor.numpy() for name, tensor in tensors.items()}
+        np.save(path, arrays, allow_pickle=True)
+
+
+def load_features_dict(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """Read named tensors, to the CPU.
+
+    Args:
+        path: a file of `save_features_dict`.
+        allow_pickle: needed for `.npy` files, which hold a pickled dictionary: reading one runs code that is in it, so
+            only read files that you trust.
+
+    Raises:
+        ValueError: another extension, or a pickled file without `allow_pickle`.
+    """
+    if _extension(path) == ".pt":
+        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return loaded
+    if not allow_pickle:
+        raise ValueError(
+            f"{path} is a pickled dictionary, and unpickling can run any code: if you trust the file, pass "
+            "allow_pickle=True, and save it as .pt, which needs no pickle"
+        )
+    arrays = np.load(path, allow_pickle=True).item()
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _extension(path: str | os.PathLike[str]) -> str:
+    extension = Path(path).suffix
+    if extension not in (".pt", ".npy"):
+        raise ValueError(f"features are stored as .pt or .npy, got {os.fspath(path)!r}")
+    return extension
