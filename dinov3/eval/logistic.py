@@ -30,7 +30,9 @@ from dinov3.eval.lbfgs import Minimum, Value, minimize
 
 logger = logging.getLogger("dinov3")
 
-_MAX_OUTPUTS = 2**24  # numbers of a block of outputs: 64 MiB in float32
+# Numbers of a block of features or outputs: on the processor so many that they stay in its cache between steps.
+_MAX_OUTPUTS, _CACHED_OUTPUTS = 2**24, 2**18
+_MIN_ROWS = 256  # below that, products are slow
 _FLOAT32_PRECISION = 1e-7  # of a loss that is summed in float64 from float32 products
 _FLOAT64_PRECISION = 64 * torch.finfo(torch.float64).eps
 
@@ -224,7 +226,8 @@ class _Problem:
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Features and targets of some samples at a time, where and in what the products are computed."""
-        rows = max(1, _MAX_OUTPUTS // max(self.data.n_outputs, self.data.features.shape[1]))
+        numbers = _CACHED_OUTPUTS if self.data.device.type == "cpu" else _MAX_OUTPUTS
+        rows = max(_MIN_ROWS, numbers // max(self.data.n_outputs, self.data.features.shape[1]))
         for features, targets in zip(self.data.features.split(rows), self.data.targets.split(rows), strict=True):
             yield features.to(self.data.device, self.dtype), targets
 

@@ -52,7 +52,8 @@ def test_the_gradient_vanishes_at_the_optimum(solver: Any) -> None:
 def test_blocks_of_samples_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = _data()
     whole = LogisticRegression(features, labels).fit(1.0, **_OPTIONS)
-    monkeypatch.setattr(logistic, "_MAX_OUTPUTS", 64)
+    for name in ("_MAX_OUTPUTS", "_CACHED_OUTPUTS", "_MIN_ROWS"):
+        monkeypatch.setattr(logistic, name, 64 if name != "_MIN_ROWS" else 4)
     blocks = LogisticRegression(features, labels).fit(1.0, **_OPTIONS)
     torch.testing.assert_close(blocks.predict_proba(features), whole.predict_proba(features), atol=1e-8, rtol=0)
 
