@@ -37,11 +37,11 @@ student:
 crops: {{global_crops_size: {IMAGE_SIZE}}}
 """
 _TEXT_CONFIG = """\
-context_length: 64
+context_length: 48
 vocab_size: 514 # bytes, bytes at the end of a word, start and end
-dim: 96
-num_heads: 4
-num_layers: 3
+dim: 64
+num_heads: 2
+num_layers: 2
 ffn_ratio: 4.0
 is_causal: true
 """
@@ -91,15 +91,19 @@ class Example(NamedTuple):
     training: Path
 
 
-def make_example(root: Path) -> Example:
+def make_example(root: Path, photos: Sequence[Photo] | None = None) -> Example:
     """Write pairs, collages with masks, a vocabulary and configurations below `root`.
 
     Colour photographs come twice, as they are and in grey, with two captions that say so.
 
+    Args:
+        root: made if needed.
+        photos: which ones; None: all that are on this machine.
+
     Raises:
         RuntimeError: fewer than two photographs are on this machine; the message says how to get them.
     """
-    photos = available_photos()
+    photos = available_photos() if photos is None else photos
     if len(photos) < 2:
         raise RuntimeError("this example needs the photographs of scikit-image: pip install 'dinov3[demo]'")
     root.mkdir(parents=True, exist_ok=True)
