@@ -98,7 +98,7 @@ def read_head(path: str | os.PathLike[str]) -> HeadFile:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"{file} is not a head file: it holds {held or 'nothing'}. Trainings of this package write one as {HEAD_FILE}"
+            f"{file} is not a head file: it holds {held or 'nothing'}. Trainings here write one as {HEAD_FILE}"
         )
     names = {field.name for field in fields(HeadFile)}
     if missing := names - content.keys():

@@ -33,6 +33,7 @@ GLYPH_SIDES = (14, 32)  # px of a digit, smallest and largest
 SPLITS = ("train", "val")
 _DIGIT = "digit "
 
+
 def write_image_folder(root: Path, *, n_train: int, n_val: int, seed: int = 0) -> dict[str, int]:
     """Write `root/{train,val}/<class>/`; what was in these folders is replaced.
 
@@ -57,7 +58,9 @@ def write_image_folder(root: Path, *, n_train: int, n_val: int, seed: int = 0) -
                 draw(split, rng).save(folder / f"{i:04d}.png")
     return {split: count * len(classes) for split, count in counts.items()}
 
+
 Draw = Callable[[str, np.random.Generator], "Image"]  # (split, rng) -> an image of IMAGE_SIZE
+
 
 def _classes() -> dict[str, Draw]:
     """By name of the class, what draws an image of it."""
@@ -68,9 +71,11 @@ def _classes() -> dict[str, Draw]:
         classes |= {f"{_DIGIT}{digit}": partial(_scatter, glyphs) for digit, glyphs in _glyphs().items()}
     return classes
 
+
 def is_digit(class_name: str) -> bool:
     """Whether images of this class are handwritten digits, and not crops of a photograph."""
     return class_name.startswith(_DIGIT)
+
 
 def _crop(photo: "Image", split: str, rng: np.random.Generator) -> "Image":
     """A square crop of random size and place, left of the cut for training, right of the gap otherwise."""
@@ -84,6 +89,7 @@ def _crop(photo: "Image", split: str, rng: np.random.Generator) -> "Image":
     # Cut first: resizing with `box` would look at pixels around it.
     return photo.crop((x, y, x + side, y + side)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
 
+
 def _scatter(glyphs: Sequence["Image"], split: str, rng: np.random.Generator) -> "Image":
     """A handwritten digit of random size at a random place on black."""
     from PIL import Image
@@ -95,6 +101,7 @@ def _scatter(glyphs: Sequence["Image"], split: str, rng: np.random.Generator) ->
     canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
     canvas.paste(glyph.resize((side, side), Image.Resampling.BICUBIC), tuple(place))
     return canvas
+
 
 def _glyphs() -> dict[int, list["Image"]]:
     """The 8 x 8 grey images of scikit-learn's `load_digits`, by digit."""
