@@ -111,7 +111,8 @@ class DetectionTrainer:
         self.scheduler = WarmupMultiStepLR(
             self.optimizer,
             total_steps=total,
-            milestones=[milestone * epoch / total for milestone in schedule.milestones],
+            # Half a step behind the end of an epoch: its last step still has the rate of the epoch.
+            milestones=[(milestone * epoch + 0.5) / total for milestone in schedule.milestones],
             gamma=schedule.gamma,
             warmup_iters=schedule.warmup_iters,
         )
