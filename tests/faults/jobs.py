@@ -36,6 +36,7 @@ def _call(main: Callable[[list[str]], object], argv: list[str], output: str, env
     import torch
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process started by a shell
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(file, 1)
