@@ -96,12 +96,12 @@ def load_decoder(backbone: nn.Module | None, config: SegmentationConfig) -> Feat
 
 
 def _hub_decoder(config: SegmentationConfig) -> FeatureDecoder:
-    from dinov3.hub import segmentors
+    import dinov3.hub.segmentors
 
     options: dict[str, Any] = {"autocast_dtype": compute_dtype(config)}
     if config.model is not None and config.model.pretrained_weights:
         options["backbone_weights"] = config.model.pretrained_weights
-    decoder: FeatureDecoder = getattr(segmentors, HUB_DECODER)(**options)
+    decoder: FeatureDecoder = getattr(dinov3.hub.segmentors, HUB_DECODER)(**options)
     return decoder
 
 
