@@ -3,8 +3,8 @@
 The rooms, from the ground up: `utils`; `distributed`, `logging`; `layers`, `loss`, `optim`, `data`; `models`,
 `checkpointer`, `fsdp`, `configs`; `hub`; `train`, `eval`; `run`. A module imports lower rooms only.
 
-Whole tasks with one call: `pretrain`, `evaluate`, `finetune`, `predict`, `export` (see `run.api`). They are loaded on first
-use: importing this package alone needs nothing but Python.
+Whole tasks with one call: `pretrain`, `evaluate`, `finetune`, `predict`, `export` (see `run.api`). They are loaded on
+first use: importing this package alone needs nothing but Python.
 """
 
 from typing import Any

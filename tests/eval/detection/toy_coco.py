@@ -1,4 +1,4 @@
-"""A data set in COCO's form with what files in the wild hold: crowds, gaps in the ids, boxes outside, no objects."""
+"""A data set in the form of COCO with all that files in the wild hold: crowds, gaps, boxes outside, no objects."""
 
 import json
 from pathlib import Path
