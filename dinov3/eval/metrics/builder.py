@@ -13,7 +13,7 @@ from dinov3.eval.metrics.classification import (
     TopKAccuracy,
 )
 from dinov3.eval.metrics.curves import AUROC, MultilabelAveragePrecision
-from dinov3.eval.metrics.imagenet_c import ImageNet_C_Metric
+from dinov3.eval.metrics.imagenet_c import CORRUPTION_TYPES, ImageNet_C_Metric
 
 
 class ClassificationMetricType(Enum):
@@ -103,7 +103,8 @@ def build_classification_metric(
         metric_type: which metric.
         num_classes: number of classes, or of labels of multi-label data.
         ks: of top-k metrics; default (1, 5), or (1,) with fewer than 5 classes.
-        dataset: needed by the group-by metrics only, for its `get_mapped_targets()` and `get_groupby_labels()`.
+        dataset: needed by the group-by metrics, for its `get_mapped_targets()` and `get_groupby_labels()`; ImageNet-C's
+            takes the names of the corruptions from its `corruption_types`, if it has them.
     """
     if ks is None:
         ks = (1, 5) if num_classes >= 5 else (1,)
@@ -129,7 +130,7 @@ def build_classification_metric(
         case _T.MACRO_AVERAGED_MEAN_RECIPROCAL_RANK:
             return MeanReciprocalRank(num_classes=num_classes)
         case _T.IMAGENET_C_METRIC:
-            return ImageNet_C_Metric()
+            return ImageNet_C_Metric(getattr(dataset, "corruption_types", CORRUPTION_TYPES))
     raise ValueError(f"unknown metric type {metric_type!r}; known: {', '.join(_T.__members__)}")
 
 

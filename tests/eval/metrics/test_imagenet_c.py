@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.metrics.imagenet_c import ALEXNET_ERRORS, CORRUPTION_TYPES, ImageNet_C_Metric
 
 
@@ -22,6 +23,17 @@ def test_absent_severities_and_corruptions_are_left_out() -> None:
     metric.update(preds, rows)
     fog, snow = 0.0 / ALEXNET_ERRORS["FOG"][0], 0.5 / ALEXNET_ERRORS["SNOW"][4]
     assert metric.compute()["top-1"].item() == pytest.approx((fog + snow) / 2)
+
+
+def test_the_names_are_those_of_the_data_set() -> None:
+    class FogAndSnow:
+        corruption_types = ("fog", "snow")
+
+    metric = build_classification_metric(
+        ClassificationMetricType.IMAGENET_C_METRIC, num_classes=3, dataset=FogAndSnow()
+    )
+    metric.update(torch.eye(3)[[0]], torch.tensor([[1, 1, 5]]))
+    assert metric.compute()["top-1"].item() == pytest.approx(1 / ALEXNET_ERRORS["SNOW"][4])
 
 
 def test_unknown_corruptions_are_named() -> None:
