@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import pytest
+import sklearn.datasets
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -36,6 +37,32 @@ def test_the_optimum_is_that_of_scikit_learn(C: float) -> None:
     if C > 100:  # so flat there that scikit-learn stops before the probabilities have settled
         return
     torch.testing.assert_close(ours.predict_proba(features), theirs.predict_proba(features), atol=1e-4, rtol=0)
+
+
+def _real_data(name: str) -> tuple[Tensor, Tensor]:
+    """Standardised features and labels of a data set that comes with scikit-learn, in random order."""
+    features, labels = getattr(sklearn.datasets, f"load_{name}")(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    features = torch.from_numpy(features)[order].float()
+    return (features - features.mean(0)) / (features.std(0) + 1e-3), torch.from_numpy(labels)[order].long()
+
+
+@pytest.mark.parametrize("C", [1e-3, 1.0])
+@pytest.mark.parametrize("name", ["digits", "wine", "breast_cancer"])
+def test_loss_and_accuracy_on_real_data_are_those_of_scikit_learn(name: str, C: float) -> None:
+    features, labels = _real_data(name)
+    half = len(labels) // 2
+    train, test = (features[:half], labels[:half]), (features[half:], labels[half:])
+    ours = LogisticRegression(*train).fit(C, **_OPTIONS)
+    theirs = SklearnLogisticRegression(*train).fit(C, **(_OPTIONS | {"max_iterations": 20000}))
+
+    def loss(model: LogisticModel) -> float:
+        probabilities = model.predict_proba(train[0]).gather(1, train[1][:, None])
+        return (-probabilities.log().mean() + model.weight.square().sum() / (2 * C * half)).item()
+
+    assert loss(ours) == pytest.approx(loss(theirs), rel=1e-6)
+    right = [int((model.predict_proba(test[0]).argmax(1) == test[1]).sum()) for model in (ours, theirs)]
+    assert right[0] == right[1] > 0.85 * len(test[1])
 
 
 @pytest.mark.parametrize("solver", [LogisticRegression, SklearnLogisticRegression])

@@ -31,6 +31,22 @@ def test_blocks_give_what_one_sorted_matrix_gives(max_similarities: int, k: int)
     assert torch.equal(found.indices, indices[:, :k])
 
 
+def test_two_thousand_queries_among_twenty_thousand_are_those_of_brute_force() -> None:
+    queries, train = _unit(2000, 32), _unit(20_000, 32)
+    labels = torch.randint(10, (20_000,))
+    found = nearest_neighbours(queries, train, 50)
+    similarities = queries @ train.T
+    torch.testing.assert_close(found.similarities, similarities.topk(50, dim=1).values, atol=1e-6, rtol=0)
+    # Where ties, or rounding, change the order, the similarity is that of the sample all the same.
+    torch.testing.assert_close(similarities.gather(1, found.indices), found.similarities, atol=1e-6, rtol=0)
+    assert all(len(row.unique()) == 50 for row in found.indices)
+    wanted = torch.zeros(2000, 10)
+    best = similarities.topk(50, dim=1)
+    wanted.scatter_add_(1, labels[best.indices], (best.values / 0.07).softmax(1))
+    scores = neighbour_vote(found, labels, [50], temperature=0.07, num_classes=10)[50]
+    torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=0)
+
+
 def test_never_holds_more_similarities_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     topk = torch.Tensor.topk
