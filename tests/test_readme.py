@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from dinov3.data.photos import bundled_file
 from dinov3.run import cli
-from tests.helpers import tiny_depther, tiny_segmentor
+from tests.helpers import tiny_depther, tiny_detector, tiny_segmentor
 from tests.helpers.source import ROOT
 from tests.helpers.tiny_dinotxt import small_hub
 from tests.test_packaging import EXTRAS
@@ -31,6 +31,12 @@ def _commands() -> list[list[str]]:
 
 
 COMMANDS = _commands()
+# The hub's entries on ViT-7B/16, and what lets them stand on a tiny backbone.
+TINY = {
+    "dinov3_vit7b16_ms": tiny_segmentor,
+    "dinov3_vit7b16_dd": tiny_depther,
+    "dinov3_vit7b16_de": tiny_detector,
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +56,7 @@ def test_python_snippets_run_as_printed(number: int, weight_file: Path, monkeypa
         files, _ = small_hub(monkeypatch, weight_file.parent)
         code = code.replace("path/to/dinotxt.pth", str(files.weights))
         code = code.replace("path/to/vitl16.pth", str(files.backbone_weights))
-    if "dinov3_vit7b16_ms" in code or "dinov3_vit7b16_dd" in code:
-        tiny = tiny_segmentor if "dinov3_vit7b16_ms" in code else tiny_depther
+    for tiny in (tiny for entry, tiny in TINY.items() if entry in code):
         released = tiny.small_hub(monkeypatch, weight_file.parent)
         code = code.replace("path/to/head.pth", str(released.head)).replace("path/to/7b.pth", str(released.backbone))
         code = code.replace("photo.jpg", str(bundled_file("skimage", "data/astronaut.png"))).replace('"cuda"', '"cpu"')
@@ -156,6 +161,15 @@ def test_segmentation_commands_know_every_key() -> None:
     from dinov3.eval.segmentation.run import check_arguments
 
     commands = _arguments("dinov3/eval/segmentation/run.py")
+    assert commands
+    for argv in commands:
+        check_arguments(argv, 1)
+
+
+def test_detection_commands_know_every_key() -> None:
+    from dinov3.eval.detection.run import check_arguments
+
+    commands = _arguments("dinov3/eval/detection/run.py")
     assert commands
     for argv in commands:
         check_arguments(argv, 1)

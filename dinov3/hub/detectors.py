@@ -60,7 +60,8 @@ def dinov3_vit7b16_de(
         hash: replaces the digits in Meta's address.
 
     Returns:
-        The detector in evaluation mode. Labels are COCO's category ids, 1 to 90 with gaps.
+        The detector in evaluation mode. Labels are COCO's category ids, 1 to 90 with gaps; `class_names` has their
+        names.
 
     Raises:
         ValueError: weights that do not fit; all tensors of the head must be there.
@@ -93,6 +94,7 @@ def _make_dinov3_detector(
     from dinov3.checkpointer.weights import read_state_dict
     from dinov3.eval.detection.models.detr import PostProcess, build_model
     from dinov3.eval.detection.models.processor import DetectorWithProcessor, load_head_state, one_to_one
+    from dinov3.eval.detection.util.coco_names import coco_class_names
 
     config = _head_config(backbone_name)
     backbone = load_backbone(backbone_name, pretrained=pretrained, weights=backbone_weights, check_hash=check_hash)
@@ -105,7 +107,8 @@ def _make_dinov3_detector(
             load_head_state(detector, read_state_dict(source, check_hash=check_hash))
         except ValueError as error:
             raise ValueError(f"detector on {backbone_name}, weights={os.fspath(source)}: {error}") from error
-    return DetectorWithProcessor(one_to_one(detector), PostProcess(config.topk, config.reparam)).eval()
+    processor = PostProcess(config.topk, config.reparam)
+    return DetectorWithProcessor(one_to_one(detector), processor, coco_class_names()).eval()
 
 
 def _head_config(backbone_name: str) -> "DetectionHeadConfig":

@@ -51,6 +51,12 @@ def test_the_released_detector_has_the_tensors_of_the_manifest_and_no_other() ->
     assert detector.query_embed.weight.shape == (3000, 768)
     assert (model.postprocessor.topk, model.postprocessor.reparam) == (1500, True)
     assert detector.transformer.strides == [8, 16, 32, 64]
+    names = model.class_names
+    assert len(names) == 91
+    assert sum(map(bool, names)) == 80
+    assert [names[i] for i in (1, 11, 18, 44, 62, 65, 67, 82, 90)] == (
+        ["person", "fire hydrant", "dog", "bottle", "chair", "bed", "dining table", "refrigerator", "toothbrush"]
+    )
 
 
 def test_the_recipe_on_the_other_backbone() -> None:
@@ -162,6 +168,11 @@ def test_threshold_and_original_sizes() -> None:
 
 def test_make_transform() -> None:
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+    from dinov3.eval.detection.models.detr import PostProcess
+
+    model = DetectorWithProcessor(tiny_detector(), PostProcess(topk=10, reparam=True))
+    assert torch.equal(model.make_transform(100)(image), make_transform(100)(image))
+    assert model.make_transform(100, 120)(image).shape == (3, 96, 128)
     made = make_transform(100)(image)
     assert made.shape == (3, 112, 144)  # 100 x 140, up to multiples of 16
     assert type(made) is Tensor

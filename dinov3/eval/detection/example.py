@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m dinov3.eval.detection.example", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--output-dir", default="runs/detection-example")
-    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--epochs", type=float, default=30)
     parser.add_argument("--images", type=int, default=200, help="number of training images")
     args, rest = parser.parse_known_args(argv)
     output_dir = Path(args.output_dir)

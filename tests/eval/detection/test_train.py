@@ -159,6 +159,7 @@ def test_a_head_file_makes_a_detector(toy: Path, trained: Path) -> None:
     head_file = model.head_file
     assert head_file.class_names[3] == "c3"
     assert head_file.class_names[4] == ""
+    assert model.class_names == head_file.class_names
     with Image.open(toy / "train" / "1.png") as file:
         image = file.convert("RGB")
     found = predict.detect_image(model, image, score_threshold=0.0)
@@ -311,9 +312,9 @@ def test_a_detector_learns_eight_images_by_heart(tmp_path: Path) -> None:
     strings = example.make_example(tmp_path / "data", n_train=8, n_val=1)
     config, weights = example.write_backbone(tmp_path)
     model = [f"model.config_file={config}", f"model.pretrained_weights={weights}"]
-    arguments = example.example_arguments(tmp_path, {"train": strings["train"], "val": strings["train"]}, model, 50)
+    arguments = example.example_arguments(tmp_path, {"train": strings["train"], "val": strings["train"]}, model, 120)
     fixed = "transforms.train={short_side: [128, 128], max_size: null, crop_probability: 0, flip_probability: 0}"
-    results = benchmark_launcher(cli_parser([*arguments, fixed, "eval.eval_interval=1000"]))
+    results = benchmark_launcher(cli_parser([*arguments, fixed, "bs=8", "eval.eval_interval=1000"]))
     assert results["CocoDetection_AP"] > 0.9
 
 

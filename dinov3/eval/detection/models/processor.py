@@ -1,7 +1,7 @@
 """From images to detections: the detector with its post-processing, as the hub and `load_head` give it."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from dinov3.checkpointer.heads import HeadFile
 from dinov3.checkpointer.weights import load_weights
 from dinov3.eval.detection.config import DetectionHeadConfig
 from dinov3.eval.detection.models.detr import PlainDETR, PostProcess, build_model
+from dinov3.eval.detection.transforms import IMAGENET_MEAN, IMAGENET_STD, make_eval_transform
 
 # Where the frozen network's tensors lie in a detector's state dict, without windows and with them.
 BACKBONE_PREFIXES = ("backbone.0.backbone.", "backbone.0._backbone.backbone.")
@@ -24,11 +25,24 @@ class DetectorWithProcessor(nn.Module):
     Args:
         detector: gives outputs of a list of images.
         postprocessor: makes detections of them.
+        class_names: name by label, "" where a label stands for nothing; None: not known.
     """
 
-    def __init__(self, detector: nn.Module, postprocessor: nn.Module) -> None:
+    def __init__(self, detector: nn.Module, postprocessor: nn.Module, class_names: Sequence[str] | None = None) -> None:
         super().__init__()
         self.detector, self.postprocessor = detector, postprocessor
+        self.class_names = None if class_names is None else list(class_names)
+        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD  # of the images, in [0, 1]
+
+    def make_transform(self, short_side: int = 2048, max_size: int | None = None) -> Any:
+        """A transform from an image (PIL, or uint8 tensor `[3, H, W]`) to the normalised `[3, H, W]` to detect in.
+
+        Args:
+            short_side: its shorter side becomes so long [pixels]; both are then rounded up to multiples of the patch.
+            max_size: of the longer side [pixels].
+        """
+        stride = cast(PlainDETR, self.detector).backbone.stride
+        return make_eval_transform(short_side, max_size, stride, self.mean, self.std)
 
     def forward(
         self,
@@ -112,4 +126,7 @@ def build_from_head(backbone: nn.Module, head_file: HeadFile) -> DetectorWithPro
     config = DetectionHeadConfig(**head_file.config["head"])
     detector = build_model(backbone, config)
     load_head_state(detector, head_file.head)
-    return DetectorWithProcessor(one_to_one(detector), PostProcess(config.topk, config.reparam)).eval()
+    processor = PostProcess(config.topk, config.reparam)
+    model = DetectorWithProcessor(one_to_one(detector), processor, head_file.class_names)
+    model.mean, model.std = head_file.mean, head_file.std
+    return model.eval()
