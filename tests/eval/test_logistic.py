@@ -47,7 +47,7 @@ def _real_data(name: str) -> tuple[Tensor, Tensor]:
     return (features - features.mean(0)) / (features.std(0) + 1e-3), torch.from_numpy(labels)[order].long()
 
 
-@pytest.mark.parametrize("C", [1e-3, 1.0])
+@pytest.mark.parametrize("C", [1e-3, 1.0, 100.0])
 @pytest.mark.parametrize("name", ["digits", "wine", "breast_cancer"])
 def test_loss_and_accuracy_on_real_data_are_those_of_scikit_learn(name: str, C: float) -> None:
     features, labels = _real_data(name)
@@ -62,7 +62,8 @@ def test_loss_and_accuracy_on_real_data_are_those_of_scikit_learn(name: str, C: 
 
     assert loss(ours) == pytest.approx(loss(theirs), rel=1e-6)
     right = [int((model.predict_proba(test[0]).argmax(1) == test[1]).sum()) for model in (ours, theirs)]
-    assert right[0] == right[1] > 0.85 * len(test[1])
+    assert right[0] == right[1]
+    assert C < 1 or right[0] > 0.9 * len(test[1])
 
 
 @pytest.mark.parametrize("solver", [LogisticRegression, SklearnLogisticRegression])
