@@ -1,7 +1,6 @@
 """Export of the EMA teacher for evaluation."""
 
 import logging
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dinov3.checkpointer.checkpointer import in_main_process
 from dinov3.checkpointer.directories import link_or_copy
 from dinov3.models.foreign import ForeignBackbone
 from dinov3.train.meta_arch import MetaArch
+from dinov3.utils.files import atomically
 
 logger = logging.getLogger("dinov3")
 
@@ -90,25 +90,12 @@ def consolidated_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def write_atomically(content: Any, path: Path) -> None:
-    """`torch.save` to a temporary neighbour, then rename: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """`torch.save` so that readers see the old file or the whole new one."""
+    with atomically(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
 
 
 def link_atomically(source: Path, path: Path) -> None:
     """Make `path` another name of `source`, replacing what was there; a copy where there are no hard links."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
+    with atomically(path) as temporary:
         link_or_copy(source, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

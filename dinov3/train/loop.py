@@ -10,10 +10,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ from dinov3.utils.reproducibility import derived_seed
 
 logger = logging.getLogger("dinov3")
 nan_logger = logging.getLogger("nan_logger")
+
+T = TypeVar("T")
 
 LOG_PERIOD = 10
 GARBAGE_COLLECTION_PERIOD = 150
@@ -198,7 +200,7 @@ class TrainingRun:
         """(iteration, batch) pairs from the start iteration to the end, with log lines on the way."""
         loader = build_multi_resolution_data_loader_from_cfg(self.cfg, self.model, self.start_iteration)
         logged = self.metric_logger.log_every(
-            loader,
+            say_if_a_worker_died(loader),
             print_freq=LOG_PERIOD,
             header="Training",
             n_iterations=self.total_iterations,
@@ -392,6 +394,16 @@ def do_train(
         gc.enable()
     run.metric_logger.synchronize_between_processes()
     return {name: meter.global_avg for name, meter in run.metric_logger.meters.items()}
+
+
+def say_if_a_worker_died(loader: Iterable[T]) -> Iterator[T]:
+    """The batches of a loader. If a worker dies while it hands one over, torch only speaks of a connection."""
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(
+            "a worker of the data loader died (killed, or out of memory) as it handed over a batch"
+        ) from error
 
 
 def global_batch_size(cfg: Any) -> int:

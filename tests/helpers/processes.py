@@ -25,3 +25,11 @@ def children_of(pid: int | None) -> list[int]:
     """The processes that a process has started and that still run."""
     folder = Path(f"/proc/{pid}/task")
     return [int(child) for task in folder.iterdir() for child in (task / "children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not one that has ended and waits for its parent to look."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

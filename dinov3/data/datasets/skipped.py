@@ -61,10 +61,13 @@ class SkippedFiles:
             return False
         self._own.add(name)
         line = json.dumps({"file": name, "reason": reason}) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write to a file opened for appending: lines of several processes don't mix.
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One write to a file opened for appending: lines of several processes don't mix.
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line.encode())
+        except OSError as error:  # a full disk is no reason to end
+            logger.warning(f"{name} was skipped ({reason}), which {self.path} does not say: {error}")
         return True
 
     def read(self) -> dict[str, str]:
