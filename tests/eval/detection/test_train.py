@@ -32,6 +32,7 @@ from dinov3.hub import load_head
 from tests.eval.detection.tiny import tiny_backbone, tiny_config, tiny_detector
 from tests.eval.detection.toy_coco import write_toy_coco
 from tests.golden.fill import fill
+from tests.helpers import tiny_detector as tiny_detector_hub
 from tests.helpers.distributed import run_distributed
 
 HEAD = {
@@ -142,6 +143,23 @@ def test_a_trained_detector_is_tested_from_each_of_its_files(toy: Path, trained:
         assert main(arguments) == 0
         got = json.loads((tmp_path / (name or "folder") / "CocoDetection" / "results.json").read_text())
         assert got == want
+
+
+def test_the_hubs_detector_is_tested(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = tiny_detector_hub.small_hub(monkeypatch, tmp_path)
+    arguments = [
+        "load_from=dinov3_vit7b16_de",
+        f"head_weights={files.head}",
+        f"backbone_weights={files.backbone}",
+        f"datasets.root={toy}",
+        "datasets.val=CocoDetection:split=train",
+        "transforms.eval.short_side=96",
+        "num_workers=0",
+        f"output_dir={tmp_path / 'out'}",
+    ]
+    assert main(arguments) == 0
+    records = json.loads((tmp_path / "out" / "CocoDetection" / "predictions.json").read_text())
+    assert {record["category_id"] for record in records} <= {3, 14, 54}  # not the other 77
 
 
 def test_test_time_augmentation(toy: Path, trained: Path, tmp_path: Path) -> None:
