@@ -150,7 +150,7 @@ def _print_row(name: str, best: float, theirs: Fit, ours: Fit, reached: float) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=11, help="1: scikit-learn fits all 45 values")
-    parser.add_argument("--tolerance", type=float, default=1e-7, help="of ours")
+    parser.add_argument("--tolerance", type=float, default=1e-9, help="of ours")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--width", type=int, default=384)

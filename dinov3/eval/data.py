@@ -101,6 +101,14 @@ def num_classes_of(labels: Tensor) -> int:
     return int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
 
 
+def get_class_names(dataset: Any, num_classes: int) -> list[str]:
+    """Name by class number where the data set has them (`class_names` or `find_class_name`); otherwise no names."""
+    names = list(getattr(dataset, "class_names", ()))
+    if not names and hasattr(dataset, "find_class_name"):
+        names = [str(dataset.find_class_name(number)) for number in range(num_classes)]
+    return names
+
+
 def create_class_indices_mapping(labels: Tensor) -> dict[int, Tensor]:
     """Positions of the items of each class, ascending; only classes that occur, in ascending order.
 

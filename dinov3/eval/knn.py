@@ -24,7 +24,7 @@ from dinov3 import distributed
 from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.data.transforms import CROP_DEFAULT_SIZE, RESIZE_DEFAULT_SIZE, get_target_transform
 from dinov3.eval.config import MISSING, FewShotConfig, ModelConfig, TransformConfig
-from dinov3.eval.data import create_train_dataset_dict, get_num_classes, report_skipped
+from dinov3.eval.data import create_train_dataset_dict, get_class_names, get_num_classes, report_skipped
 from dinov3.eval.features import extract_subsets, on_device_if_it_fits
 from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
@@ -316,10 +316,8 @@ def _draw(
     top_1 = next(iter(lines.values()))
     figures.add_table("k-NN", [{"k": k, **{metric: points[k] for metric, points in lines.items()}} for k in top_1])
     best = max(pairs, key=lambda k: top_1[k])
-    figures.add_accuracies(
-        "accuracy_per_k.png", "k-NN", lines, x_label="neighbours k", chosen=None if len(pairs) == 1 else best
-    )
-    names = getattr(dataset, "class_names", ())
+    figures.add_accuracies("accuracy_per_k.png", "k-NN", lines, x_label="neighbours k")
+    names = get_class_names(dataset, num_classes)
     figures.add_confusion("confusion.png", f"k-NN, k = {best}", pairs[best], num_classes, names)
     figures.write()
 

@@ -37,7 +37,7 @@ from dinov3.data import (
 )
 from dinov3.data.transforms import get_target_transform
 from dinov3.eval.config import MISSING, FewShotConfig, LossType, ModelConfig, TransformConfig
-from dinov3.eval.data import create_train_dataset_dict, get_num_classes, report_skipped
+from dinov3.eval.data import create_train_dataset_dict, get_class_names, get_num_classes, report_skipped
 from dinov3.eval.evaluate import evaluate, make_eval_data_loader
 from dinov3.eval.features import ModelWithIntermediateLayers, module_device
 from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
@@ -567,6 +567,11 @@ def _make_evaluators(config: LinearEvalConfig, num_classes: int) -> list[Evaluat
     return evaluators
 
 
+def _short(dataset_str: str) -> str:
+    """A dataset string without its folders."""
+    return re.sub(r':(root|extra|file)=("[^"]*"|[^:]*)', "", dataset_str)
+
+
 def _draw(
     heads: AllClassifiers, best: HeadAccuracy, evaluators: Sequence[Evaluator], train_dataset: Any, output_dir: str
 ) -> None:
@@ -600,13 +605,13 @@ def _draw(
         )
     for i, evaluator in enumerate(evaluators):
         mapping = evaluator.class_mapping
-        names = list(getattr(train_dataset, "class_names", ()))
+        names = get_class_names(train_dataset, evaluator.training_num_classes)
         num_classes = evaluator.training_num_classes if mapping is None else len(mapping)
         if mapping is not None and names:
             names = [names[number] for number in mapping]
         if evaluator.pairs is not None:
             file = "confusion_validation.png" if i == 0 else f"confusion_test_{i}.png"
-            figures.add_confusion(file, f"Linear, {evaluator.dataset_str}", evaluator.pairs, num_classes, names)
+            figures.add_confusion(file, f"Linear, {_short(evaluator.dataset_str)}", evaluator.pairs, num_classes, names)
     figures.add_table("All heads", rows)
     figures.write()
 

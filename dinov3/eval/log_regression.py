@@ -25,7 +25,13 @@ from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.data.transforms import get_target_transform
 from dinov3.eval.accumulators import ResultsAccumulator
 from dinov3.eval.config import MISSING, FewShotConfig, ModelConfig, TransformConfig
-from dinov3.eval.data import create_train_dataset_dict, get_num_classes, report_skipped, split_train_val_datasets
+from dinov3.eval.data import (
+    create_train_dataset_dict,
+    get_class_names,
+    get_num_classes,
+    report_skipped,
+    split_train_val_datasets,
+)
 from dinov3.eval.features import extract_features, extract_subsets, on_device_if_it_fits
 from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
 from dinov3.eval.logistic import LogisticModel, LogisticRegression, SklearnLogisticRegression
@@ -326,8 +332,8 @@ def evaluate_tries(*, model: nn.Module, autocast_dtype: torch.dtype, config: Log
     test_dataset = _make_dataset(config.eval.test_dataset, transform)
     report_skipped(train_dataset, config.output_dir, "train")
     report_skipped(test_dataset, config.output_dir, "test")
-    class_names = getattr(train_dataset, "class_names", ())
     num_classes = get_num_classes(train_dataset)
+    class_names = get_class_names(train_dataset, num_classes)
     few_shot = config.few_shot
     if config.train.val_dataset is None:
         part = _VALIDATION_PART_FEW_SHOT if few_shot.enable else _VALIDATION_PART

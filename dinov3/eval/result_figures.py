@@ -44,7 +44,13 @@ class ResultFigures:
         self._sections.append("\n".join([f"## {title}", "", *lines, ""]))
 
     def add_accuracies(
-        self, file: str, title: str, lines: Mapping[str, Mapping[float, float]], *, x_label: str, chosen: float | None
+        self,
+        file: str,
+        title: str,
+        lines: Mapping[str, Mapping[float, float]],
+        *,
+        x_label: str,
+        chosen: float | None = None,
     ) -> None:
         """A plot of percentages over a logarithmic axis.
 
