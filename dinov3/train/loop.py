@@ -6,10 +6,7 @@ computes the same losses as one that was not, bit for bit on a CPU.
 
 import gc
 import itertools
-import json
 import logging
-import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +34,7 @@ from dinov3.distributed.stopping import StopRequest
 from dinov3.distributed.watchdog import Watchdog
 from dinov3.fsdp import synchronize_gradients
 from dinov3.logging import MetricLogger, SmoothedValue
+from dinov3.logging.rows import drop_rows_from
 from dinov3.logging.sinks import make_sinks
 from dinov3.optim import epochs_to_iterations
 from dinov3.train.export import do_test, write_atomically
@@ -443,23 +441,3 @@ def set_aside(output_dir: Path) -> None:
         logger.info("The earlier training's checkpoints are now in %s", output_dir / f"ckpt_before_{number}")
     if distributed.is_enabled() and distributed.get_subgroup_size() > 1:
         torch.distributed.barrier(distributed.get_process_subgroup())
-
-
-def drop_rows_from(metrics_file: Path, iteration: int) -> None:
-    """Remove the rows of iterations that are about to be done again, so that each stands in the file once.
-
-    A last line that was cut off when the run was killed is dropped too. Main process of the subgroup only.
-    """
-    if not distributed.is_subgroup_main_process() or not metrics_file.exists():
-        return
-    kept = [line for line in metrics_file.read_text().splitlines() if _iteration_of(line) < iteration]
-    temporary = metrics_file.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, metrics_file)
-
-
-def _iteration_of(line: str) -> float:
-    try:
-        return int(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -1,6 +1,5 @@
 """Training of a depth head on a frozen backbone. The loop is `eval/probe.py`; here is what a step and a score are."""
 
-import json
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
@@ -25,6 +24,7 @@ from dinov3.eval.depth.models.depther import TASK, Depther, plain_decoder_config
 from dinov3.eval.depth.models.linear_head import resize
 from dinov3.eval.flat_checkpoints import FlatCheckpoints
 from dinov3.eval.probe import average_gradients, broadcast_parameters, train_probe
+from dinov3.logging.rows import add_row, drop_rows_from
 from dinov3.optim.lr_schedulers import build_scheduler
 
 logger = logging.getLogger("dinov3")
@@ -202,8 +202,7 @@ class _Validation:
 
     def __init__(self, depther: Depther, config: DepthConfig, path: Path, done: int) -> None:
         self.depther, self.config, self.path = depther, config, path
-        if distributed.is_main_process():
-            _keep_lines(path, done)
+        drop_rows_from(path, done + 1)
 
     def __call__(self, iteration: int) -> float:
         """After `iteration` + 1 iterations, or finally with `iteration` = their number; returns a1 in percent."""
@@ -213,22 +212,8 @@ class _Validation:
         done = min(iteration + 1, self.config.scheduler.total_iter)
         shown = ", ".join(f"{name} {means[name]:.4f}" for name in self.config.metrics)
         logger.info("validation after %d iterations on %s: %s", done, short_name(self.config.datasets.val), shown)
-        if distributed.is_main_process():
-            _keep_lines(self.path, done - 1)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": done, **means}) + "\n")
+        add_row(self.path, done, means)
         return 100.0 * means["a1"]
-
-
-def _keep_lines(path: Path, done: int) -> None:
-    """Drop validations of iterations that will be done again."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["iteration"] <= done]
-    if len(kept) < len(lines):
-        path.write_text("".join(kept), encoding="utf-8")
 
 
 def write_head(path: Path, depther: Depther, config: DepthConfig, backbone: str | dict[str, Any]) -> None:

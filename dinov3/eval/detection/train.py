@@ -2,7 +2,6 @@
 are.
 """
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from dinov3.eval.detection.models.processor import DetectorWithProcessor, head_s
 from dinov3.eval.detection.recipe import DetectionConfig
 from dinov3.eval.flat_checkpoints import FlatCheckpoints
 from dinov3.eval.probe import average_gradients, broadcast_parameters, train_probe
+from dinov3.logging.rows import add_row, drop_rows_from
 from dinov3.optim.lr_schedulers import WarmupMultiStepLR
 from dinov3.utils.reproducibility import derived_seed
 
@@ -227,8 +227,7 @@ class _Validation:
     def __init__(self, detector: PlainDETR, config: DetectionConfig, path: Path, total: int, done: int) -> None:
         self.detector, self.config, self.path, self.total = detector, config, path, total
         self.dataset = open_dataset(config.datasets.val, config) if config.datasets.val else None
-        if distributed.is_main_process():
-            _keep_lines(path, done)
+        drop_rows_from(path, done + 1)
 
     def __call__(self, iteration: int) -> float:
         """After `iteration` + 1 iterations; returns AP in percent. The final evaluation is the test's."""
@@ -245,22 +244,8 @@ class _Validation:
         done = iteration + 1
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         logger.info("validation after %d iterations on %s: %s", done, short_name(config.datasets.val), shown)
-        if distributed.is_main_process():
-            _keep_lines(self.path, done - 1)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": done, **figures}) + "\n")
+        add_row(self.path, done, figures)
         return 100.0 * figures["AP"]
-
-
-def _keep_lines(path: Path, done: int) -> None:
-    """Drop validations of iterations that will be done again."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["iteration"] <= done]
-    if len(kept) < len(lines):
-        path.write_text("".join(kept), encoding="utf-8")
 
 
 def write_head(
