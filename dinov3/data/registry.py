@@ -164,10 +164,22 @@ def as_dataset_str(data: str | Path) -> str:
     """
     text = str(data)
     if Path(text).expanduser().is_dir():
-        return f'ImageFolder:root="{text}"' if set(text) & set(":=") else f"ImageFolder:root={text}"
+        return with_root("ImageFolder", text)
     if text.split(":")[0] in dataset_names() or (":" in text and not Path(text).is_absolute()):
         return text
     raise FileNotFoundError(f"{text} is no folder, and no dataset string (Name:key=value; docs/data.md)")
+
+
+def with_root(dataset_str: str, root: str) -> str:
+    """`dataset_str` with the key `root`, quoted where needed; as it is if it has one of its own."""
+    if has_root(dataset_str):
+        return dataset_str
+    return f'{dataset_str}:root="{root}"' if set(root) & set(":=") else f"{dataset_str}:root={root}"
+
+
+def has_root(dataset_str: str) -> bool:
+    """Whether a dataset string says where its data are."""
+    return any(part.startswith("root=") for part in dataset_str.split(":"))
 
 
 def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Labels of data sets, and parts of them: validation split and few-shot selections for classification evaluations."""
+"""Data sets of evaluations by their strings, their labels, and parts of them: validation split, few-shot selections."""
 
 import logging
 import os
@@ -13,7 +13,27 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Subset, default_collate
 
+from dinov3.data.registry import has_root, with_root
+
 logger = logging.getLogger("dinov3")
+
+
+def dataset_string(name: str, root: str) -> str:
+    """The dataset string `name` of a configuration, completed by `datasets.root` unless it has a root.
+
+    Raises:
+        ValueError: neither has one.
+    """
+    if not root and not has_root(name):
+        raise ValueError(
+            f"the data set {name!r} has no root: set datasets.root=<folder>, or write {name}:root=<folder>"
+        )
+    return with_root(name, root)
+
+
+def short_name(dataset_str: str) -> str:
+    """What results call a data set: the text before the first colon."""
+    return dataset_str.partition(":")[0]
 
 
 class SubsetEx(Subset[Any]):

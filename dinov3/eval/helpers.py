@@ -109,6 +109,20 @@ def cli_parser(argv: Sequence[str]) -> dict[str, Any]:
     return {"output_dir": from_flag or "."} | {str(key): value for key, value in parsed.items()} | flags
 
 
+def with_config_alias(eval_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The parsed arguments with `config=<YAML>` under its other name `config_file`.
+
+    Raises:
+        ValueError: both names are given.
+    """
+    values = dict(eval_args)
+    if "config" in values:
+        if "config_file" in values:
+            raise ValueError("got config= and config_file=, which mean the same: give one")
+        values["config_file"] = values.pop("config")
+    return values
+
+
 def args_dict_to_dataclass(
     eval_args: Mapping[str, Any], config_dataclass: type[ConfigT], save_config: bool = True
 ) -> tuple[ConfigT, str]:

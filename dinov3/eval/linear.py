@@ -13,7 +13,6 @@ import json
 import logging
 import re
 import sys
-import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +54,7 @@ from dinov3.eval.result_figures import ResultFigures
 from dinov3.eval.setup import autocast_context, load_model_and_context
 from dinov3.eval.sweep_sgd import SweepSGD
 from dinov3.eval.utils import average_metrics, save_results
+from dinov3.optim.lr_schedulers import fast_forward
 from dinov3.utils.device import default_device
 
 __all__ = [
@@ -363,7 +363,7 @@ def train_linear_classifiers(
         checkpoint_output_dir,
         {"linear_classifiers": _Prefixed(linear_classifiers), "optimizer": optimizer, "scheduler": scheduler},
         train_config.checkpoint_retention_policy,
-        fast_forward=partial(_fast_forward, scheduler),
+        fast_forward=partial(fast_forward, scheduler),
         optional=("scheduler",),
     )
     done = checkpoints.resume(train_config.classifier_fpath) if train_config.resume else 0
@@ -428,14 +428,6 @@ class _Prefixed:
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         self.module.load_state_dict({key.removeprefix("module."): value for key, value in state_dict.items()})
-
-
-def _fast_forward(scheduler: LRScheduler, iterations: int) -> None:
-    with warnings.catch_warnings():
-        # No optimizer step comes before these on purpose.
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-        for _ in range(iterations):
-            scheduler.step()
 
 
 def _make_loader(dataset: Any, config: TrainConfig, seed: int, done: int) -> Any:

@@ -6,6 +6,7 @@
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -184,6 +185,15 @@ _CYCLES: dict[str, type[LRScheduler]] = {cls.__name__: cls for cls in (OneCycleL
 _TYPES: dict[str, type[LRScheduler]] = {
     cls.__name__: cls for cls in (ConstantLR, LinearLR, MultiStepLR, PolynomialLR, StepLR)
 } | _CYCLES
+
+
+def fast_forward(scheduler: LRScheduler, iterations: int) -> None:
+    """Step a scheduler to where it is after so many iterations: for checkpoints that don't hold its state."""
+    with warnings.catch_warnings():
+        # No optimizer step comes before these on purpose.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+        for _ in range(iterations):
+            scheduler.step()
 
 
 def build_scheduler(

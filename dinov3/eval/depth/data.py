@@ -9,29 +9,9 @@ from torch.utils.data import default_collate
 
 from dinov3 import distributed
 from dinov3.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader, make_dataset
+from dinov3.eval.data import dataset_string
 from dinov3.eval.depth.config import DepthConfig
 from dinov3.eval.depth.transforms import make_depth_eval_transforms, make_depth_train_transforms
-
-
-def dataset_string(name: str, root: str) -> str:
-    """The string `name` of the configuration, completed by its root unless it has one.
-
-    Raises:
-        ValueError: neither has one.
-    """
-    if any(part.startswith("root=") for part in name.split(":")):
-        return name
-    if not root:
-        raise ValueError(
-            f"the data set {name!r} has no root: set datasets.root=<folder>, or write {name}:root=<folder>"
-        )
-    quoted = f'"{root}"' if set(":=") & set(root) else root
-    return f"{name}:root={quoted}"
-
-
-def short_name(dataset_str: str) -> str:
-    """What results call a data set: the text before the first colon."""
-    return dataset_str.partition(":")[0]
 
 
 def make_train_dataset(config: DepthConfig) -> Any:

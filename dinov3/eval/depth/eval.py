@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.eval.accumulators import ResultsAccumulator
+from dinov3.eval.data import short_name
 from dinov3.eval.depth.config import DepthConfig
-from dinov3.eval.depth.data import make_eval_loader, short_name
+from dinov3.eval.depth.data import make_eval_loader
 from dinov3.eval.depth.datasets.datasets_utils import make_valid_mask
 from dinov3.eval.depth.metrics import METRICS, calculate_depth_metrics, check_metrics
 from dinov3.eval.depth.models.linear_head import resize

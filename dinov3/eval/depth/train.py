@@ -1,7 +1,6 @@
 """Training of a depth head on a frozen backbone. The loop is `eval/probe.py`; here is what a step and a score are."""
 
 import logging
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from dinov3 import distributed
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.checkpointer.heads import HEAD_FILE, HeadFile, save_head
+from dinov3.eval.data import short_name
 from dinov3.eval.depth.config import DepthConfig
-from dinov3.eval.depth.data import make_train_dataset, make_train_loader, short_name
+from dinov3.eval.depth.data import make_train_dataset, make_train_loader
 from dinov3.eval.depth.datasets.datasets_utils import make_valid_mask, parse_eval_crop
 from dinov3.eval.depth.eval import evaluate_dataset
 from dinov3.eval.depth.loss import MultiLoss, SigLoss
@@ -25,7 +25,7 @@ from dinov3.eval.depth.models.linear_head import resize
 from dinov3.eval.flat_checkpoints import FlatCheckpoints
 from dinov3.eval.probe import average_gradients, broadcast_parameters, train_probe
 from dinov3.logging.rows import add_row, drop_rows_from
-from dinov3.optim.lr_schedulers import build_scheduler
+from dinov3.optim.lr_schedulers import build_scheduler, fast_forward
 
 logger = logging.getLogger("dinov3")
 
@@ -101,11 +101,7 @@ class IterBasedTrainer:
 
     def fast_forward(self, iterations: int) -> None:
         """Bring schedule and loss to where they are after so many iterations, for files that don't hold them."""
-        with warnings.catch_warnings():
-            # No optimizer step comes before these on purpose.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-            for _ in range(iterations):
-                self.scheduler.step()
+        fast_forward(self.scheduler, iterations)
         for module in self.loss.modules():
             if isinstance(module, SigLoss):
                 module.n_calls = iterations

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from dinov3 import distributed
 from dinov3.data import SamplerType, make_data_loader, make_dataset
 from dinov3.data.datasets import CocoDetection
+from dinov3.eval.data import dataset_string
 from dinov3.eval.detection.inference import View, Views
 from dinov3.eval.detection.recipe import DetectionConfig
 from dinov3.eval.detection.transforms import make_train_transform
@@ -58,27 +59,6 @@ class EvalItem:
     image_id: int
     size: tuple[int, int]
     views: list[View]
-
-
-def dataset_string(name: str, root: str) -> str:
-    """The string `name` of the configuration, completed by its root unless it has one.
-
-    Raises:
-        ValueError: neither has one.
-    """
-    if any(part.startswith("root=") for part in name.split(":")):
-        return name
-    if not root:
-        raise ValueError(
-            f"the data set {name!r} has no root: set datasets.root=<folder>, or write {name}:root=<folder>"
-        )
-    quoted = f'"{root}"' if set(":=") & set(root) else root
-    return f"{name}:root={quoted}"
-
-
-def short_name(dataset_str: str) -> str:
-    """What results call a data set: the text before the first colon."""
-    return dataset_str.partition(":")[0]
 
 
 def open_dataset(name: str, config: DetectionConfig, transforms: Any = None) -> CocoDetection:

@@ -10,7 +10,8 @@ from torch import nn
 
 from dinov3 import distributed
 from dinov3.data.datasets import CocoDetection
-from dinov3.eval.detection.data import make_eval_loader, open_dataset, short_name
+from dinov3.eval.data import short_name
+from dinov3.eval.detection.data import make_eval_loader, open_dataset
 from dinov3.eval.detection.inference import Views, detect
 from dinov3.eval.detection.metrics import (
     MAIN_FIGURES,

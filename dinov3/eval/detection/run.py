@@ -26,6 +26,7 @@ from dinov3.eval.helpers import (
     as_value_errors,
     cli_parser,
     run_main,
+    with_config_alias,
     write_config,
     write_results,
 )
@@ -60,12 +61,7 @@ def read_config(eval_args: Mapping[str, Any]) -> DetectionConfig:
         ValueError: both names of the file, no backbone, or unknown fields of the head. OmegaConf's errors: unknown
             keys, wrong values.
     """
-    values = dict(eval_args)
-    if "config" in values:
-        if "config_file" in values:
-            raise ValueError("config and config_file mean the same: give one")
-        values["config_file"] = values.pop("config")
-    config, output_dir = args_dict_to_dataclass(values, DetectionConfig, save_config=False)
+    config, output_dir = args_dict_to_dataclass(with_config_alias(eval_args), DetectionConfig, save_config=False)
     config = replace(config, output_dir=output_dir)
     known = [field.name for field in fields(DetectionHeadConfig)]
     for name in config.head:

@@ -19,13 +19,13 @@ from dinov3.checkpointer.heads import HEAD_FILE, HeadFile, save_head
 from dinov3.checkpointer.weights import read_state_dict
 from dinov3.data.datasets import CocoDetection
 from dinov3.data.datasets.coco_detection import Categories
+from dinov3.eval.data import short_name
 from dinov3.eval.detection.config import DetectionHeadConfig, config_values
 from dinov3.eval.detection.data import (
     Batch,
     make_train_dataset,
     make_train_loader,
     open_dataset,
-    short_name,
 )
 from dinov3.eval.detection.eval import evaluate_dataset, make_views
 from dinov3.eval.detection.loss import LossWeights, SetCriterion

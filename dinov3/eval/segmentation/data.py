@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from dinov3 import distributed
 from dinov3.data import DatasetWithEnumeratedTargets, make_dataset
+from dinov3.data.registry import with_root
 from dinov3.data.seeded import Draw, SeededCollate, SeededDataset
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.transforms import (
@@ -30,9 +31,7 @@ def dataset_string(dataset: str, root: str) -> str:
     """
     if not dataset:
         raise ValueError("datasets.train and datasets.val must name data sets, such as ADE20K:split=VAL")
-    if not root or ":root=" in dataset:
-        return dataset
-    return f'{dataset}:root="{root}"' if set(root) & set(":=") else f"{dataset}:root={root}"
+    return with_root(dataset, root) if root else dataset
 
 
 def make_train_dataset(config: SegmentationConfig) -> Dataset[Any]:

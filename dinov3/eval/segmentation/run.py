@@ -22,6 +22,7 @@ from dinov3.eval.helpers import (
     as_value_errors,
     cli_parser,
     run_main,
+    with_config_alias,
     write_config,
     write_results,
 )
@@ -59,13 +60,8 @@ def read_config(eval_args: Mapping[str, Any], save_config: bool = True) -> tuple
     Raises:
         ValueError: both names of the file are given. OmegaConf's errors: unknown keys, wrong values.
     """
-    values = dict(eval_args)
-    if "config" in values and "config_file" in values:
-        raise ValueError("got config= and config_file=: they mean the same, give one")
-    save_config &= "config_file" in values
-    if "config" in values:
-        values["config_file"] = values.pop("config")
-    return args_dict_to_dataclass(values, SegmentationConfig, save_config=save_config)
+    values = with_config_alias(eval_args)
+    return args_dict_to_dataclass(values, SegmentationConfig, save_config=save_config and "config_file" in eval_args)
 
 
 def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:
