@@ -1,5 +1,6 @@
 """Released models by name. `registry` is the table, `loading` turns a row and a user's wishes into a module,
-`backbones` holds the entry points, `hf` goes to and from Hugging Face, `heads` loads heads that you trained.
+`backbones` holds the entry points, `released_heads` what those of heads share, `hf` goes to and from Hugging Face,
+`heads` loads heads that you trained.
 """
 
 from dinov3.hub.heads import load_head

@@ -14,8 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dinov3.hub.loading import NoInit, WeightsLike, load_backbone
-from dinov3.hub.registry import BASE_URL, NORMALIZATIONS, Weights
+from dinov3.hub.loading import WeightsLike, load_backbone
+from dinov3.hub.registry import NORMALIZATIONS, Weights
+from dinov3.hub.released_heads import build_with_head, find_head
 from dinov3.hub.transforms import make_transform
 from dinov3.models.backbone import Backbone
 
@@ -32,6 +33,7 @@ ClassifierWeightsLike = ClassifierWeights | str | os.PathLike[str]
 
 # First digits of the SHA-256 of the released head of each backbone.
 _HASHES = {("dinov3_vit7b16", ClassifierWeights.IMAGENET1K): "90d8ed92"}
+_resolve = partial(find_head, ClassifierWeights, _HASHES, what="linear head", suffix="linear_head")
 
 
 class LinearClassifier(nn.Module):
@@ -107,35 +109,19 @@ def _make_dinov3_linear_classifier(
     hash: str | None = None,
 ) -> LinearClassifier:
     """Backbone of that name and head, both with released, own or random weights."""
-    from dinov3.checkpointer.weights import load_weights, read_state_dict
+    from dinov3.checkpointer.weights import load_weights
 
     source = _resolve(backbone_name, classifier_weights, hash) if pretrained else None
     backbone = load_backbone(backbone_name, pretrained=pretrained, weights=backbone_weights, check_hash=check_hash)
-    if source is None:
-        model = LinearClassifier(backbone, num_classes)
-    else:
-        with NoInit():
-            model = LinearClassifier(backbone, num_classes)
-        try:
-            load_weights(model.linear_head, read_state_dict(source, check_hash=check_hash))
-        except ValueError as error:
-            raise ValueError(f"linear head on {backbone_name}, weights={os.fspath(source)}: {error}") from error
+    model = build_with_head(
+        lambda: LinearClassifier(backbone, num_classes),
+        lambda model, state: load_weights(model.linear_head, state),
+        source,
+        what=f"linear head on {backbone_name}",
+        check_hash=check_hash,
+    )
     # The head was trained on ImageNet's statistics, whatever its backbone was trained on.
     normalization = NORMALIZATIONS[Weights.LVD1689M]
     model.normalization = normalization  # type: ignore[assignment]
     model.make_transform = partial(make_transform, normalization=normalization)  # type: ignore[assignment]
     return model.eval()
-
-
-def _resolve(backbone_name: str, weights: Any, hash: str | None) -> str | os.PathLike[str]:
-    """Where the head's weights are."""
-    member = ClassifierWeights.__members__.get(weights.upper()) if isinstance(weights, str) else weights
-    if isinstance(member, ClassifierWeights):
-        known = _HASHES.get((backbone_name, member))
-        if known is None:
-            raise ValueError(f"there is no released linear head on {backbone_name}: give a path or an address")
-        return f"{BASE_URL}/{backbone_name}/{backbone_name}_{member.value.lower()}_linear_head-{hash or known}.pth"
-    if isinstance(weights, str | os.PathLike):
-        return weights
-    names = ", ".join(ClassifierWeights.__members__)
-    raise TypeError(f"got {weights!r} for weights, expected one of {names}, a path or an address")

@@ -15,6 +15,7 @@ import torch
 
 from dinov3.hub.loading import NoInit, WeightsLike, load_backbone
 from dinov3.hub.registry import BASE_URL, NORMALIZATIONS, Normalization, Weights
+from dinov3.hub.transforms import make_dense_transform
 
 if TYPE_CHECKING:
     from dinov3.eval.depth.config import DecoderConfig
@@ -185,7 +186,7 @@ def _make_dinov3_dpt_depther(
         load_head_weights(depther.decoder, source, check_hash=check_hash)
     depther.decoder_config = config  # type: ignore[assignment]
     depther.normalization = normalization  # type: ignore[assignment]
-    depther.make_transform = partial(_make_transform, normalization=normalization)  # type: ignore[assignment]
+    depther.make_transform = partial(make_dense_transform, normalization=normalization, square=True)  # type: ignore[assignment]
     return depther
 
 
@@ -200,25 +201,3 @@ def _resolve(weights: DepthWeightsLike, released: DepthWeights, hash: str | None
     if not isinstance(weights, str | os.PathLike):
         raise TypeError(f"got {weights!r} for weights, expected {released.name}, a path or an address")
     return weights
-
-
-def _make_transform(resize_size: int | None = None, *, normalization: Normalization) -> Any:
-    """A transform from a PIL image or uint8 tensor to a normalised float32 tensor `[3, H, W]`. Needs torchvision.
-
-    Args:
-        resize_size: side of the square that images are resized to [pixels]; None: native resolution.
-        normalization: mean and standard deviation.
-    """
-    from dinov3.hub.transforms import make_transform
-
-    if resize_size is not None:
-        return make_transform(resize_size, normalization=normalization)
-    from torchvision.transforms import v2
-
-    return v2.Compose(
-        [
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(normalization.mean, normalization.std),
-        ]
-    )

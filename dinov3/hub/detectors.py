@@ -6,10 +6,12 @@ imported from here too. Importing this file needs torch alone, calling its funct
 
 import os
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dinov3.hub.loading import NoInit, WeightsLike, load_backbone
-from dinov3.hub.registry import BASE_URL, NORMALIZATIONS, Weights
+from dinov3.hub.loading import WeightsLike, load_backbone
+from dinov3.hub.registry import NORMALIZATIONS, Weights
+from dinov3.hub.released_heads import build_with_head, find_head
 
 if TYPE_CHECKING:
     from dinov3.eval.detection.config import DetectionHeadConfig
@@ -27,6 +29,7 @@ class DetectionWeights(Enum):
 # Windows per side by backbone. The second one has no released head.
 _WINDOWS = {"dinov3_vit7b16": 3, "dinov3_vitl16plus": 2}
 _HASHES = {("dinov3_vit7b16", DetectionWeights.COCO2017): "b0235ff7"}
+_resolve = partial(find_head, DetectionWeights, _HASHES, what="detector", suffix="detr_head")
 
 
 def __getattr__(name: str) -> Any:
@@ -90,23 +93,19 @@ def _make_dinov3_detector(
     if backbone_name not in _WINDOWS:
         raise ValueError(f"no detector for {backbone_name!r}; there are recipes for {', '.join(_WINDOWS)}")
     source = _resolve(backbone_name, detector_weights, hash) if pretrained else None
-
-    from dinov3.checkpointer.weights import read_state_dict
     from dinov3.eval.detection.models.detr import PostProcess, build_model
     from dinov3.eval.detection.models.processor import DetectorWithProcessor, load_head_state, one_to_one
     from dinov3.eval.detection.util.coco_names import coco_class_names
 
     config = _head_config(backbone_name)
     backbone = load_backbone(backbone_name, pretrained=pretrained, weights=backbone_weights, check_hash=check_hash)
-    if source is None:
-        detector = build_model(backbone, config)
-    else:
-        with NoInit():
-            detector = build_model(backbone, config)
-        try:
-            load_head_state(detector, read_state_dict(source, check_hash=check_hash))
-        except ValueError as error:
-            raise ValueError(f"detector on {backbone_name}, weights={os.fspath(source)}: {error}") from error
+    detector = build_with_head(
+        lambda: build_model(backbone, config),
+        load_head_state,
+        source,
+        what=f"detector on {backbone_name}",
+        check_hash=check_hash,
+    )
     processor = PostProcess(config.topk, config.reparam)
     return DetectorWithProcessor(one_to_one(detector), processor, coco_class_names()).eval()
 
@@ -122,21 +121,6 @@ def _head_config(backbone_name: str) -> "DetectionHeadConfig":
         topk=1500,
         n_windows_sqrt=_WINDOWS[backbone_name],
     )
-
-
-def _resolve(backbone_name: str, weights: Any, hash: str | None) -> str | os.PathLike[str]:
-    """Where the head's weights are."""
-    member = DetectionWeights.__members__.get(weights.upper()) if isinstance(weights, str) else weights
-    if isinstance(member, DetectionWeights):
-        known = _HASHES.get((backbone_name, member))
-        if known is None:
-            raise ValueError(f"there is no released detector on {backbone_name}: give a path or an address")
-        stem = f"{backbone_name}_{member.value.lower()}_detr_head-{hash or known}"
-        return f"{BASE_URL}/{backbone_name}/{stem}.pth"
-    if isinstance(weights, str | os.PathLike):
-        return weights
-    names = ", ".join(DetectionWeights.__members__)
-    raise TypeError(f"got {weights!r} for weights, expected one of {names}, a path or an address")
 
 
 def make_transform(resize_size: int = 2048) -> Any:

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dinov3.hub.loading import NoInit, WeightsLike, load_backbone
-from dinov3.hub.registry import BASE_URL, NORMALIZATIONS, Normalization, Weights
+from dinov3.hub.loading import WeightsLike, load_backbone
+from dinov3.hub.registry import NORMALIZATIONS, Weights
+from dinov3.hub.released_heads import build_with_head, find_head
+from dinov3.hub.transforms import make_dense_transform
 
 if TYPE_CHECKING:
     from dinov3.eval.segmentation.models import FeatureDecoder
@@ -38,6 +40,7 @@ SegmentorWeightsLike = SegmentorWeights | str | os.PathLike[str]
 _HASHES = {("dinov3_vit7b16", SegmentorWeights.ADE20K): "bf307cb1"}
 # Backbones that the recipe is known for; the second one has no released head.
 _BACKBONES = ("dinov3_vit7b16", "dinov3_vitl16")
+_resolve = partial(find_head, SegmentorWeights, _HASHES, what="segmentation head", suffix="m2f_head")
 
 
 def dinov3_vit7b16_ms(
@@ -96,7 +99,6 @@ def _make_dinov3_m2f_segmentor(
     hash: str | None = None,
 ) -> "FeatureDecoder":
     """A segmentation model of the released recipe on one of the backbones that it is known for."""
-    from dinov3.checkpointer.weights import read_state_dict
     from dinov3.eval.segmentation.models import BackboneLayersSet, build_segmentation_decoder, load_head_state
 
     if backbone_name not in _BACKBONES:
@@ -111,52 +113,15 @@ def _make_dinov3_m2f_segmentor(
         autocast_dtype=autocast_dtype,
     )
     backbone = load_backbone(backbone_name, pretrained=pretrained, weights=backbone_weights, check_hash=check_hash)
-    if source is None:
-        model = build(backbone)
-    else:
-        with NoInit():
-            model = build(backbone)
-        try:
-            load_head_state(model, read_state_dict(source, check_hash=check_hash))
-        except ValueError as error:
-            raise ValueError(f"segmentation head on {backbone_name}, weights={os.fspath(source)}: {error}") from error
+    model = build_with_head(
+        partial(build, backbone),
+        load_head_state,
+        source,
+        what=f"segmentation head on {backbone_name}",
+        check_hash=check_hash,
+    )
     # The head was trained on ImageNet's statistics, whatever its backbone was trained on.
     normalization = NORMALIZATIONS[Weights.LVD1689M]
     model.normalization = normalization  # type: ignore[assignment]
-    model.make_transform = partial(_make_transform, normalization=normalization)  # type: ignore[assignment]
+    model.make_transform = partial(make_dense_transform, normalization=normalization)  # type: ignore[assignment]
     return model.eval()
-
-
-def _resolve(backbone_name: str, weights: Any, hash: str | None) -> str | os.PathLike[str]:
-    """Where the head's weights are."""
-    member = SegmentorWeights.__members__.get(weights.upper()) if isinstance(weights, str) else weights
-    if isinstance(member, SegmentorWeights):
-        known = _HASHES.get((backbone_name, member))
-        if known is None:
-            raise ValueError(f"there is no released segmentation head on {backbone_name}: give a path or an address")
-        stem = f"{backbone_name}_{member.value.lower()}_m2f_head-{hash or known}"
-        return f"{BASE_URL}/{backbone_name}/{stem}.pth"
-    if isinstance(weights, str | os.PathLike):
-        return weights
-    names = ", ".join(SegmentorWeights.__members__)
-    raise TypeError(f"got {weights!r} for weights, expected one of {names}, a path or an address")
-
-
-def _make_transform(resize_size: int | None = None, *, normalization: Normalization) -> Any:
-    """A transform from a PIL image or uint8 tensor to a normalised float32 tensor `[3, H, W]`. Needs torchvision.
-
-    Args:
-        resize_size: shorter side that images are resized to [pixels]; None: as they are.
-        normalization: mean and standard deviation.
-    """
-    from torchvision.transforms import v2
-
-    resize = [] if resize_size is None else [v2.Resize(resize_size, antialias=True)]
-    return v2.Compose(
-        [
-            v2.ToImage(),
-            *resize,
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(normalization.mean, normalization.std),
-        ]
-    )
