@@ -11,25 +11,9 @@ from torch import Tensor, nn
 
 from dinov3.eval.detection.config import DetectionHeadConfig, PositionEncoding
 from dinov3.eval.detection.util.misc import NestedTensor
+from dinov3.layers.sine_position_encoding import sine_encoding
 
-_TEMPERATURE = 10000.0
 _TABLE_LENGTH = 50
-
-
-def sine_encoding(values: Tensor, n_features: int) -> Tensor:
-    """Sines (even channels) and cosines (odd ones) of values over 10000^(2 floor(i / 2) / n_features), in float32.
-
-    Args:
-        values: angles `[...]`.
-        n_features: N.
-
-    Returns:
-        `[..., N]`.
-    """
-    channel = torch.arange(n_features, device=values.device)
-    wavelength = _TEMPERATURE ** (2 * (channel // 2) / n_features)
-    angles = values.float()[..., None] / wavelength
-    return torch.where(channel % 2 == 0, angles.sin(), angles.cos())
 
 
 class PositionEmbeddingSine(nn.Module):

@@ -15,7 +15,6 @@ from dinov3.eval.detection.config import DetectionHeadConfig, strides_of
 from dinov3.eval.detection.models.decoder import DecoderOutput, Frame, init_decoder
 from dinov3.eval.detection.models.global_ape_decoder import build_global_ape_decoder
 from dinov3.eval.detection.models.global_rpe_decomp_decoder import build_global_rpe_decomp_decoder
-from dinov3.eval.detection.models.position_encoding import sine_encoding
 from dinov3.eval.detection.models.proposals import (
     absolute_proposals,
     level_masks,
@@ -24,6 +23,7 @@ from dinov3.eval.detection.models.proposals import (
     valid_sides,
 )
 from dinov3.eval.detection.models.transformer_encoder import build_transformer_encoder
+from dinov3.layers.sine_position_encoding import sine_encoding
 
 
 class Heads(NamedTuple):
