@@ -39,6 +39,7 @@ LEVELS = {
     "dinov3.eval.detection.util": 4,
     "dinov3.eval.text.text_transformer": 4,
     "dinov3.eval.text.text_tower": 4,
+    "dinov3.eval.text.tower": 4,
     "dinov3.eval.text.vision_tower": 4,
     "dinov3.eval.text.dinotxt_model": 4,
     "dinov3.eval.text.tokenizer": 4,

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from dinov3.eval.text.text_transformer import TextTransformer
+from dinov3.eval.text.tower import TokenHead, Tower
 from dinov3.layers import CausalSelfAttentionBlock
 
 Pooler = Literal["first", "last", "argmax"]
@@ -23,7 +24,7 @@ _TRANSFORMER_KEYS = (
 )
 
 
-class TextHead(nn.Module):
+class TextHead(TokenHead):
     """Blocks and a norm on all tokens, then a linear projection; any of them may be left out.
 
     Args:
@@ -61,26 +62,10 @@ class TextHead(nn.Module):
             block.init_weights()
         if isinstance(self.ln_final, nn.LayerNorm):
             self.ln_final.reset_parameters()
-        if isinstance(self.linear_projection, nn.Linear):
-            nn.init.normal_(self.linear_projection.weight, std=self.input_dim**-0.5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token features `[B, N, input_dim]` to `[B, N, embed_dim]`."""
-        for block in self.blocks:
-            tokens = block(tokens)
-        out: Tensor = self.linear_projection(self.ln_final(tokens))
-        return out
-
-    def wrap_units(self) -> list[nn.Module]:
-        """The blocks and the projection, as far as they are there."""
-        return [*self.blocks, *([self.linear_projection] if isinstance(self.linear_projection, nn.Linear) else [])]
-
-    def checkpoint_units(self) -> list[nn.Module]:
-        """The blocks."""
-        return list(self.blocks)
+        self.init_projection()
 
 
-class TextTower(nn.Module):
+class TextTower(Tower):
     """A text transformer and a head on its tokens; one token stands for the text.
 
     Args:
@@ -94,6 +79,8 @@ class TextTower(nn.Module):
     Raises:
         ValueError: unknown pooler.
     """
+
+    head: TextHead
 
     def __init__(
         self,
@@ -123,20 +110,7 @@ class TextTower(nn.Module):
             is_causal=head_blocks_is_causal,
             use_linear_projection=use_linear_projection,
         )
-        if freeze_backbone:
-            self.backbone.requires_grad_(False).eval()
-
-    def init_weights(self) -> None:
-        """Random weights, the backbone's too."""
-        self.backbone.init_weights()  # type: ignore[operator]
-        self.head.init_weights()
-
-    def train(self, mode: bool = True) -> "TextTower":
-        """A frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        if self.freeze_backbone:
-            self.backbone.eval()
-        return self
+        self.freeze()
 
     def forward(self, token_indices: Tensor) -> Tensor:
         """Token ids `[B, N]` to text features `[B, embed_dim]`."""

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from dinov3.eval.text.tower import TokenHead, Tower
 from dinov3.layers import LayerScale, SelfAttentionBlock, SwiGLUFFN
 from dinov3.models.backbone import Backbone
 
@@ -42,7 +43,7 @@ class VisionFeatures(NamedTuple):
     backbone_patch_tokens: Tensor
 
 
-class VisionHead(nn.Module):
+class VisionHead(TokenHead):
     """Blocks and a norm on all tokens, then a linear projection; any of them may be left out.
 
     The blocks know no positions, although the backbone does: the released weights were trained so.
@@ -100,26 +101,10 @@ class VisionHead(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm | LayerScale):
                 module.reset_parameters()
-        if isinstance(self.linear_projection, nn.Linear):
-            nn.init.normal_(self.linear_projection.weight, std=self.input_dim**-0.5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens `[B, N, input_dim]` to tokens."""
-        for block in self.blocks:
-            tokens = block(tokens)
-        out: Tensor = self.linear_projection(self.ln_final(tokens))
-        return out
-
-    def wrap_units(self) -> list[nn.Module]:
-        """The blocks and the projection, as far as they are there."""
-        return [*self.blocks, *([self.linear_projection] if isinstance(self.linear_projection, nn.Linear) else [])]
-
-    def checkpoint_units(self) -> list[nn.Module]:
-        """The blocks."""
-        return list(self.blocks)
+        self.init_projection()
 
 
-class VisionTower(nn.Module):
+class VisionTower(Tower):
     """A vision backbone and a head on its class, register and patch tokens.
 
     Args:
@@ -133,6 +118,8 @@ class VisionTower(nn.Module):
     Raises:
         ValueError: unknown pooler, or see `VisionHead`.
     """
+
+    head: VisionHead
 
     def __init__(
         self,
@@ -174,20 +161,7 @@ class VisionTower(nn.Module):
             use_patch_tokens,
             use_linear_projection,
         )
-        if freeze_backbone:
-            self.backbone.requires_grad_(False).eval()
-
-    def init_weights(self) -> None:
-        """Random weights, the backbone's too."""
-        self.backbone.init_weights()  # type: ignore[operator]
-        self.head.init_weights()
-
-    def train(self, mode: bool = True) -> "VisionTower":
-        """A frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        if self.freeze_backbone:
-            self.backbone.eval()
-        return self
+        self.freeze()
 
     def get_backbone_features(self, images: Tensor) -> BackboneFeatures:
         """Tokens of images `[B, 3, H, W]`, all after the backbone's final norm."""
