@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov3.checkpointer.files import read_file
+from dinov3.utils.files import atomically
 
 HEAD_FILE = "head.pth"
 _FORMAT = "dinov3 task head, version 1"
@@ -59,12 +60,10 @@ def save_head(path: str | os.PathLike[str], head_file: HeadFile) -> Path:
     if wrong:
         raise TypeError(f"head holds other than tensors: {', '.join(wrong[:5])}")
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {field.name: getattr(head_file, field.name) for field in fields(head_file)}
     content["head"] = {key: value.detach().cpu().clone() for key, value in head_file.head.items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save({"format": _FORMAT, **content}, temporary)
-    temporary.replace(path)
+    with atomically(path) as file:
+        torch.save({"format": _FORMAT, **content}, file)
     return path
 
 

@@ -28,6 +28,7 @@ from dinov3.logging import cleanup_logging, setup_logging
 from dinov3.logging.setup import configured_loggers
 from dinov3.optim import lr_scale
 from dinov3.utils import fix_random_seeds, get_conda_env, get_sha
+from dinov3.utils.files import atomically
 
 logger = logging.getLogger("dinov3")
 
@@ -111,9 +112,8 @@ def write_config(cfg: Any, output_dir: str | os.PathLike[str], name: str = "conf
     """Log a configuration (or dataclass) and save it as a YAML file; returns the file's absolute path."""
     logger.info("configuration:\n%s", OmegaConf.to_yaml(cfg))
     path = Path(output_dir, name).resolve()
-    temporary = path.with_name(f".{path.name}.tmp")
-    OmegaConf.save(config=cfg, f=temporary)
-    os.replace(temporary, path)
+    with atomically(path) as file:
+        OmegaConf.save(config=cfg, f=file)
     return str(path)
 
 

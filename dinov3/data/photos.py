@@ -86,6 +86,22 @@ def available_photos() -> list[Photo]:
     return [photo for photo in PHOTOS if photo.path is not None]
 
 
+def photo_or_other(name: str, number: int) -> Photo:
+    """The photograph of that name; where it isn't on this machine, another one in its place.
+
+    Args:
+        name: of one in `PHOTOS`.
+        number: decides which other one.
+
+    Raises:
+        FileNotFoundError: there is none at all.
+    """
+    known = {photo.name: photo for photo in available_photos()}
+    if not known:
+        raise FileNotFoundError("no photographs on this machine: install 'dinov3[demo]'")
+    return known.get(name) or known[sorted(known)[number % len(known)]]
+
+
 def open_photo(photo: Photo, short_side: int | None = None) -> Image.Image:
     """The photograph in RGB.
 

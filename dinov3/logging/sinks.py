@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from dinov3.utils.files import atomically
+
 logger = logging.getLogger("dinov3")
 
 
@@ -160,7 +162,6 @@ def _kept_identifier(path: Path, make: Callable[[], str]) -> str:
     if path.exists() and (kept := path.read_text().strip()):
         return kept
     identifier = make()
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(identifier)
-    os.replace(temporary, path)
+    with atomically(path) as file:
+        file.write_text(identifier)
     return identifier

@@ -10,13 +10,14 @@ of `run.py`, on a small backbone with random weights unless others are named.
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from dinov3.data.photos import available_photos, open_photo
+from dinov3.data.photos import open_photo, photo_or_other
+from dinov3.eval.example_backbone import write_random_backbone
 
 HEIGHT, WIDTH = 96, 128
 N_TEST = 16
@@ -135,11 +136,7 @@ _photos: dict[str, np.ndarray] = {}
 def _photo(name: str) -> np.ndarray:
     """The middle of a photograph, float `[256, 256, 3]`."""
     if name not in _photos:
-        known = {photo.name: photo for photo in available_photos()}
-        if not known:
-            raise FileNotFoundError("no photographs on this machine: install 'dinov3[demo]'")
-        photo = known.get(name) or known[sorted(known)[len(name) % len(known)]]
-        picture = open_photo(photo, short_side=_TEXTURE_PX)
+        picture = open_photo(photo_or_other(name, len(name)), short_side=_TEXTURE_PX)
         left, top = (picture.width - _TEXTURE_PX) // 2, (picture.height - _TEXTURE_PX) // 2
         box = (left, top, left + _TEXTURE_PX, top + _TEXTURE_PX)
         _photos[name] = np.asarray(picture.crop(box), dtype=np.float64)
@@ -149,20 +146,7 @@ def _photo(name: str) -> np.ndarray:
 # --- The training ----------------------------------------------------------------------------------------------------
 
 
-def write_backbone(folder: Path, seed: int = 0) -> tuple[Path, Path]:
-    """A small ViT with random weights: a training's configuration, and a file as a training exports it.
-
-    Random features keep what patches look like; a head on them learns something, but much less than on trained ones.
-    """
-    from dinov3.eval.setup import setup_and_build_model
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, config = folder / "backbone.pth", folder / "backbone.yaml"
-    config.write_text("student:\n  arch: vit_nano\n  patch_size: 16\n")
-    torch.manual_seed(seed)
-    backbone, _ = setup_and_build_model(str(config))
-    torch.save({"teacher": {f"backbone.{key}": value for key, value in backbone.state_dict().items()}}, weights)
-    return config, weights
+write_backbone = partial(write_random_backbone, patch_size=16)
 
 
 def example_arguments(

@@ -10,20 +10,17 @@ COCO's form (`data/`) and what `run.py` writes: the head, COCO's figures, pictur
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
-from dinov3.data.photos import available_photos, open_photo
-from dinov3.eval.setup import setup_and_build_model
-
-logger = logging.getLogger("dinov3")
+from dinov3.data.photos import open_photo, photo_or_other
+from dinov3.eval.example_backbone import quickstart_backbone, write_random_backbone
 
 IMAGE_PX = 128
 THINGS = ("cat", "coffee", "coins", "flower", "retina")
@@ -31,7 +28,6 @@ GROUNDS = ("brick", "china", "grass", "gravel")
 _THING_PX = (32, 72)  # smallest and largest diameter
 _MAX_COVERED = 0.3  # of a thing, by those pasted later
 _PHOTO_PX = 192  # shorter side of the photographs
-_QUICKSTART = Path("runs/quickstart")
 
 
 class Box(NamedTuple):
@@ -130,12 +126,7 @@ _photos: dict[str, Image.Image] = {}
 def _photo(name: str) -> Image.Image:
     """A photograph; where it is missing, another one in its place."""
     if name not in _photos:
-        known = {photo.name: photo for photo in available_photos()}
-        if not known:
-            raise FileNotFoundError("no photographs on this machine: install 'dinov3[demo]'")
-        names = sorted(known)
-        photo = known.get(name) or known[names[(THINGS + GROUNDS).index(name) % len(names)]]
-        _photos[name] = open_photo(photo, short_side=_PHOTO_PX)
+        _photos[name] = open_photo(photo_or_other(name, (THINGS + GROUNDS).index(name)), short_side=_PHOTO_PX)
     return _photos[name]
 
 
@@ -173,25 +164,15 @@ def example_arguments(output_dir: Path, strings: dict[str, str], model: Sequence
     ]
 
 
+write_backbone = partial(write_random_backbone, patch_size=8)
+
+
 def _default_backbone(folder: Path) -> list[str]:
     """Arguments for the backbone of the quick start; without one, for a small random one, whose weights are kept."""
-    weights = _QUICKSTART / "teacher_checkpoint.pth"
-    if weights.is_file():
-        return [f"model.config_file={_QUICKSTART / 'config.yaml'}", f"model.pretrained_weights={weights}"]
-    logger.warning("%s is not there: the backbone is random; `make quickstart` trains one in minutes", weights)
+    if (found := quickstart_backbone()) is not None:
+        return found
     config, weights = write_backbone(folder)
     return [f"model.config_file={config}", f"model.pretrained_weights={weights}"]
-
-
-def write_backbone(folder: Path, seed: int = 0) -> tuple[Path, Path]:
-    """A small ViT with random weights: a training's configuration, and a file as a training exports it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config, weights = folder / "backbone.yaml", folder / "backbone.pth"
-    config.write_text("student: {arch: vit_nano, patch_size: 8}\n")
-    torch.manual_seed(seed)
-    backbone, _ = setup_and_build_model(str(config))
-    torch.save({"teacher": {f"backbone.{key}": value for key, value in backbone.state_dict().items()}}, weights)
-    return config, weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.data.photos import available_photos, open_photo
+from dinov3.eval.example_backbone import quickstart_backbone
 
 logger = logging.getLogger("dinov3")
 
@@ -31,7 +32,6 @@ CLASSES = ("brick", "cat", "china", "coffee", "coins", "flower", "galaxies", "gr
 PATCH = 8  # px, of the quick start's backbone
 _TRAIN_SHARE, _GAP = 0.6, 8  # of the width of a photograph; px between the parts
 _PIECES = (3, 6)
-_QUICKSTART = Path("runs/quickstart/training")
 _SPLITS = ("train", "val")
 
 
@@ -211,12 +211,10 @@ def _settings(data: Path, strings: dict[str, str], n_classes: int, iterations: i
 
 def _default_backbone(folder: Path) -> list[str]:
     """Arguments for the backbone of the quick start; without one, for a random backbone of its architecture."""
-    weights = _QUICKSTART / "teacher_checkpoint.pth"
-    if weights.is_file():
-        return [f"model.config_file={_QUICKSTART / 'config.yaml'}", f"model.pretrained_weights={weights}"]
+    if (found := quickstart_backbone()) is not None:
+        return found
     from dinov3.configs import train as recipes
 
-    logger.warning("%s is not there: the backbone is random; `make quickstart` trains one in minutes", weights)
     return [f"model.config_file={Path(next(iter(recipes.__path__))) / 'quickstart.yaml'}"]
 
 

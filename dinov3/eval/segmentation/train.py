@@ -40,6 +40,7 @@ from dinov3.eval.segmentation.views import ViewAverager
 from dinov3.eval.segmentation.weights import HeadState, compute_dtype, make_decoder, save_segmentation_head
 from dinov3.eval.setup import autocast_context
 from dinov3.utils.device import default_device
+from dinov3.utils.files import atomically
 from dinov3.utils.reproducibility import derived_seed
 
 __all__ = ["InfiniteDataloader", "train_segmentation", "train_step", "validate", "worker_init_fn"]
@@ -162,7 +163,8 @@ class _Training:
         """Write the files of the end."""
         if distributed.is_main_process():
             final = {key: value.cpu() for key, value in head_state(self.decoder).items()}
-            torch.save({"model": final, "optimizer": self.optimizer.state_dict()}, self.folder / FINAL_MODEL)
+            with atomically(self.folder / FINAL_MODEL) as file:
+                torch.save({"model": final, "optimizer": self.optimizer.state_dict()}, file)
             load_head_state(self.decoder, read_head(self.folder / HEAD_FILE).head)
             self.decoder.eval()
             assert self.best.areas is not None
