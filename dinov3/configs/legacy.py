@@ -9,7 +9,7 @@ from typing import Any
 
 # key -> published default.
 LEGACY_DEFAULTS: dict[str, Any] = {
-    "MODEL.DEVICE": "cuda",
+    "MODEL.DEVICE": "cuda",  # as published; nothing reads it, devices are chosen by what is there
     "MODEL.WEIGHTS": "",
     "MODEL.DTYPE": "float32",
     "dino.head_norm_last_layer": False,

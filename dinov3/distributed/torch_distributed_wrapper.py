@@ -178,7 +178,7 @@ def enable_distributed(
         torch.accelerator.set_device_index(_device_index(environment))
     device = default_device()
     arguments: dict[str, Any] = {"timeout": timeout} if timeout is not None else {}
-    if device.type == "cuda" and set_cuda_current_device:
+    if device.type == "cuda" and set_cuda_current_device:  # of all back ends only NCCL can be told its device
         arguments["device_id"] = device
     if environment.job_type is JobType.MANUAL:
         # Alone: no port to find, to lose to somebody else, or to leave open.

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Where torch has kernels of its own for synchronised statistics.
+# Where torch has kernels of its own for synchronised statistics; its class refuses all others by this list of names.
 _FUSED = ("cuda", "xpu", "hpu")
 
 
