@@ -147,6 +147,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command(
         "Write a backbone as .pth, safetensors, Hugging Face folder, timm.", _script("dinov3.run.export")
     ),
+    "features": Command("Write the features of a folder of images to files.", _script("dinov3.eval.features")),
     "explore": Command("Write a page in which patch features can be pointed at.", _script("dinov3.run.explore")),
     "quickstart": Command("Pretrain, evaluate, explain a small backbone in minutes.", _script("dinov3.run.quickstart")),
     "submit": Command("Start any script on all accelerators here, or on SLURM.", _script("dinov3.run.submit")),

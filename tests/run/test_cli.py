@@ -48,6 +48,13 @@ def test_help_of_scripts_is_theirs(name: str, capsys: pytest.CaptureFixture[str]
     assert "usage:" in capsys.readouterr().out
 
 
+def test_help_of_features_names_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["features", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "dataset=" in shown
+    assert "shard_size" in shown
+
+
 def test_pretrain_names_recipe_data_and_overrides(tmp_path: Path, calls: list[Any]) -> None:
     out = tmp_path / "run"
     assert cli.main(["pretrain", f"data={tmp_path}", f"out={out}", "model=vit_base", "optim.epochs=2"]) == 0
