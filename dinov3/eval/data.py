@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Subset, default_collate
 
+from dinov3.data import SamplerType, make_data_loader
 from dinov3.data.registry import has_root, with_root
 
 logger = logging.getLogger("dinov3")
@@ -34,6 +35,40 @@ def dataset_string(name: str, root: str) -> str:
 def short_name(dataset_str: str) -> str:
     """What results call a data set: the text before the first colon."""
     return dataset_str.partition(":")[0]
+
+
+def make_endless_loader(
+    dataset: Any,
+    *,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    done: int,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> Any:
+    """Batches for the training of a head, without end; order and draws are functions of (seed, rank, iteration).
+
+    Args:
+        dataset: of samples.
+        batch_size: per process.
+        num_workers: processes that load, per process.
+        seed: of the order of the samples, and of their augmentations.
+        done: iterations that are done: the stream starts behind them.
+        collate_fn: from samples to a batch; default: torch's.
+    """
+    return make_data_loader(
+        dataset=dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        shuffle=True,
+        seed=seed,
+        sampler_type=SamplerType.INFINITE,
+        drop_last=True,
+        persistent_workers=True,
+        collate_fn=collate_fn,
+        draw_seed=seed,
+        start_iteration=done,
+    )
 
 
 class SubsetEx(Subset[Any]):

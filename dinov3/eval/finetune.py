@@ -27,14 +27,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from dinov3 import distributed
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.data import (
-    SamplerType,
     make_classification_eval_transform,
     make_classification_train_transform,
-    make_data_loader,
     make_dataset,
 )
 from dinov3.eval.config import MISSING, ModelConfig, TransformConfig
-from dinov3.eval.data import get_num_classes
+from dinov3.eval.data import get_num_classes, make_endless_loader
 from dinov3.eval.evaluate import evaluate, make_eval_data_loader
 from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
@@ -279,17 +277,12 @@ class _FineTuning:
         """Train to the end, from the newest checkpoint on."""
         train = self.config.train
         self.iteration = done = self.checkpoints.resume()
-        batches = make_data_loader(
-            dataset=self.dataset,
+        batches = make_endless_loader(
+            self.dataset,
             batch_size=train.batch_size,
             num_workers=train.num_workers,
-            shuffle=True,
             seed=train.seed,
-            sampler_type=SamplerType.INFINITE,
-            drop_last=True,
-            persistent_workers=train.num_workers > 0,
-            draw_seed=train.seed,
-            start_iteration=done,
+            done=done,
         )
         self.model.train()
         train_probe(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -55,16 +56,22 @@ def run_main(argv: Sequence[str] | None, launcher: Callable[[dict[str, Any]], An
     return 0
 
 
-def check_eval_arguments(config_dataclass: type[Any], argv: Sequence[str], n_processes: int) -> None:
-    """Refuse arguments that an evaluation can't read: the launcher asks before it starts any process.
+def check_arguments_with(read: Callable[[dict[str, Any]], object], argv: Sequence[str], n_processes: int) -> None:
+    """Refuse arguments that a script can't read: the launcher asks before it starts any process.
 
-    Scripts offer it as `check_arguments = partial(check_eval_arguments, <their configuration>)`.
+    Scripts offer it as `check_arguments = partial(check_arguments_with, <what reads the parsed arguments>)`.
 
     Raises:
         ValueError: unknown keys, missing or wrong values.
     """
     with as_value_errors():
-        args_dict_to_dataclass(cli_parser(argv), config_dataclass, save_config=False)
+        read(cli_parser(argv))
+
+
+def check_eval_arguments(config_dataclass: type[Any], argv: Sequence[str], n_processes: int) -> None:
+    """`check_arguments_with` what reads a configuration; scripts bind its class with `partial`."""
+    read = partial(args_dict_to_dataclass, config_dataclass=config_dataclass, save_config=False)
+    check_arguments_with(read, argv, n_processes)
 
 
 @contextlib.contextmanager

@@ -28,15 +28,19 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from dinov3 import distributed
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.data import (
-    SamplerType,
     make_classification_eval_transform,
     make_classification_train_transform,
-    make_data_loader,
     make_dataset,
 )
 from dinov3.data.transforms import get_target_transform
 from dinov3.eval.config import MISSING, FewShotConfig, LossType, ModelConfig, TransformConfig
-from dinov3.eval.data import create_train_dataset_dict, get_class_names, get_num_classes, report_skipped
+from dinov3.eval.data import (
+    create_train_dataset_dict,
+    get_class_names,
+    get_num_classes,
+    make_endless_loader,
+    report_skipped,
+)
 from dinov3.eval.evaluate import evaluate, make_eval_data_loader
 from dinov3.eval.features import ModelWithIntermediateLayers, module_device
 from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
@@ -392,7 +396,13 @@ def train_linear_classifiers(
     max_iter = train_config.epochs * train_config.epoch_length
     train_probe(
         step=step,
-        batches=_make_loader(train_dataset, train_config, seed, done),
+        batches=make_endless_loader(
+            train_dataset,
+            batch_size=train_config.batch_size,
+            num_workers=train_config.num_workers,
+            seed=seed,
+            done=done,
+        ),
         done=done,
         max_iter=max_iter,
         checkpoints=checkpoints,
@@ -428,21 +438,6 @@ class _Prefixed:
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         self.module.load_state_dict({key.removeprefix("module."): value for key, value in state_dict.items()})
-
-
-def _make_loader(dataset: Any, config: TrainConfig, seed: int, done: int) -> Any:
-    return make_data_loader(
-        dataset=dataset,
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        shuffle=True,
-        seed=seed,
-        sampler_type=SamplerType.INFINITE,
-        drop_last=True,
-        persistent_workers=True,
-        draw_seed=seed,
-        start_iteration=done,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

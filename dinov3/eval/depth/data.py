@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 from dinov3 import distributed
 from dinov3.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader, make_dataset
-from dinov3.eval.data import dataset_string
+from dinov3.eval.data import dataset_string, make_endless_loader
 from dinov3.eval.depth.config import DepthConfig
 from dinov3.eval.depth.transforms import make_depth_eval_transforms, make_depth_train_transforms
 
@@ -46,18 +46,13 @@ def make_train_loader(dataset: Any, config: DepthConfig, *, done: int = 0) -> An
         config: batch size, workers and seed.
         done: iterations that are done: the stream starts behind them.
     """
-    return make_data_loader(
-        dataset=dataset,
+    return make_endless_loader(
+        dataset,
         batch_size=config.bs,
         num_workers=config.num_workers,
-        shuffle=True,
         seed=config.seed,
-        sampler_type=SamplerType.INFINITE,
-        drop_last=True,
-        persistent_workers=True,
+        done=done,
         collate_fn=collate,
-        draw_seed=config.seed,
-        start_iteration=done,
     )
 
 

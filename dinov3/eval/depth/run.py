@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,7 @@ from dinov3.eval.depth.models import Depther, make_depther_from_config
 from dinov3.eval.depth.train import parameters_of, train_depther
 from dinov3.eval.helpers import (
     args_dict_to_dataclass,
-    as_value_errors,
-    cli_parser,
+    check_arguments_with,
     run_main,
     with_config_alias,
     write_config,
@@ -44,12 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main(argv, benchmark_launcher, DepthConfig)
 
 
-def check_arguments(argv: Sequence[str], n_processes: int) -> None:
-    """Refuse arguments that can't be read: the launcher asks before it starts any process."""
-    with as_value_errors():
-        read_config(cli_parser(argv))
-
-
 def read_config(eval_args: Mapping[str, Any]) -> DepthConfig:
     """The configuration of the parsed arguments; `config` (or `config_file`) names a YAML file below them.
 
@@ -64,6 +58,9 @@ def read_config(eval_args: Mapping[str, Any]) -> DepthConfig:
             f"or load_from=<{' | '.join(_HUB)}>"
         )
     return config
+
+
+check_arguments = partial(check_arguments_with, read_config)
 
 
 def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinov3 import distributed
-from dinov3.data import SamplerType, make_data_loader, make_dataset
+from dinov3.data import make_dataset
 from dinov3.data.datasets import CocoDetection
-from dinov3.eval.data import dataset_string
+from dinov3.eval.data import dataset_string, make_endless_loader
 from dinov3.eval.detection.inference import View, Views
 from dinov3.eval.detection.recipe import DetectionConfig
 from dinov3.eval.detection.transforms import make_train_transform
@@ -102,18 +102,13 @@ def make_train_loader(dataset: Dataset[Any], config: DetectionConfig, *, done: i
         config: batch size, workers and seed.
         done: iterations that are done: the stream starts behind them.
     """
-    return make_data_loader(
-        dataset=dataset,
+    return make_endless_loader(
+        dataset,
         batch_size=config.bs,
         num_workers=config.num_workers,
-        shuffle=True,
         seed=config.seed,
-        sampler_type=SamplerType.INFINITE,
-        drop_last=True,
-        persistent_workers=True,
+        done=done,
         collate_fn=collate,
-        draw_seed=config.seed,
-        start_iteration=done,
     )
 
 

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ from dinov3.eval.detection.recipe import DetectionConfig
 from dinov3.eval.detection.train import start_from, train_detector, with_processor
 from dinov3.eval.helpers import (
     args_dict_to_dataclass,
-    as_value_errors,
-    cli_parser,
+    check_arguments_with,
     run_main,
     with_config_alias,
     write_config,
@@ -46,12 +46,6 @@ HUB_ENTRY = "dinov3_vit7b16_de"
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see `dinov3.eval.detection.recipe`. Returns 0."""
     return run_main(argv, benchmark_launcher, DetectionConfig)
-
-
-def check_arguments(argv: Sequence[str], n_processes: int) -> None:
-    """Refuse arguments that can't be read: the launcher asks before it starts any process."""
-    with as_value_errors():
-        read_config(cli_parser(argv))
 
 
 def read_config(eval_args: Mapping[str, Any]) -> DetectionConfig:
@@ -77,6 +71,9 @@ def read_config(eval_args: Mapping[str, Any]) -> DetectionConfig:
     if (config.head_weights or config.backbone_weights) and config.load_from != HUB_ENTRY:
         raise ValueError(f"head_weights and backbone_weights belong to load_from={HUB_ENTRY}")
     return config
+
+
+check_arguments = partial(check_arguments_with, read_config)
 
 
 def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:

@@ -12,6 +12,7 @@ YAML file, then the command line.
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from torch import nn
 
 from dinov3.eval.helpers import (
     args_dict_to_dataclass,
-    as_value_errors,
-    cli_parser,
+    check_arguments_with,
     run_main,
     with_config_alias,
     write_config,
@@ -44,12 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main(argv, benchmark_launcher, SegmentationConfig)
 
 
-def check_arguments(argv: Sequence[str], n_processes: int) -> None:
-    """Refuse arguments that can't be read: the launcher asks before it starts any process."""
-    with as_value_errors():
-        read_config(cli_parser(argv), save_config=False)
-
-
 def read_config(eval_args: Mapping[str, Any], save_config: bool = True) -> tuple[SegmentationConfig, str]:
     """The configuration of the parsed arguments, and the output folder.
 
@@ -62,6 +56,9 @@ def read_config(eval_args: Mapping[str, Any], save_config: bool = True) -> tuple
     """
     values = with_config_alias(eval_args)
     return args_dict_to_dataclass(values, SegmentationConfig, save_config=save_config and "config_file" in eval_args)
+
+
+check_arguments = partial(check_arguments_with, partial(read_config, save_config=False))
 
 
 def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:
