@@ -23,6 +23,7 @@ from dinov3.checkpointer import (
 from dinov3.distributed.stopping import StopRequest
 from dinov3.distributed.watchdog import Watchdog
 from dinov3.logging import MetricLogger
+from dinov3.logging.rows import drop_rows_from
 from dinov3.utils.files import atomically
 
 logger = logging.getLogger("dinov3")
@@ -175,12 +176,14 @@ def train_probe(
         save_period: iterations between checkpoints.
         evaluate: `evaluate(n)` measures after n + 1 iterations, or finally with n = `max_iter`; returns percent.
         eval_period: iterations between evaluations. The last iteration is evaluated in the end in any case.
-        metrics_file: JSON lines that log lines are appended to, in numbers.
+        metrics_file: JSON lines that log lines are appended to, in numbers, each iteration once.
 
     Raises:
         Stopped: on such a signal; an exit with a code that tells which (`dinov3.distributed.stopping`).
         PeerLost: another process died or stalled; also an exit.
     """
+    if metrics_file is not None:
+        drop_rows_from(metrics_file, done)
     metric_logger = MetricLogger(delimiter="  ", output_file=metrics_file)
     iterations = metric_logger.log_every(batches, 10, "Training", n_iterations=max_iter, start_iteration=done)
     with StopRequest() as stop, Watchdog(checkpoints.folder / "heartbeats", _STALL_TIMEOUT_S) as watchdog:
