@@ -86,7 +86,7 @@ def export(
         FileNotFoundError: there are no weights, or no configuration where one is needed.
         ValueError: the weights can't be read or can't be written in this layout.
     """
-    folder, weights = locate(source)
+    folder, weights = locate(source, network)
     path = Path(destination) if destination else folder / DEFAULT_NAMES[format]
     state = read_weights(weights, network=network)
     if format in FORMATS and half:
@@ -104,18 +104,27 @@ def export(
     return written
 
 
-def locate(source: str) -> tuple[Path, Any]:
-    """(folder of the training or file, weights): the newest export of a training, else its newest checkpoint."""
+def locate(source: str, network: str | None = None) -> tuple[Path, Any]:
+    """(folder of the training or file, weights): the newest export of a training, else its newest checkpoint.
+
+    Exports hold the EMA teacher alone: another network is taken from the checkpoint.
+    """
     path = Path(source).expanduser()
     if not path.is_dir():
         return path.parent, source
     if is_dcp(path) or (path / "config.json").exists():
         return path.parent, path
     exported = path / "teacher_checkpoint.pth"
-    weights = exported if exported.exists() else find_latest_checkpoint(path / "ckpt")
-    if weights is None:
-        raise FileNotFoundError(f"{path} holds neither teacher_checkpoint.pth nor a checkpoint in ckpt/")
-    return path, weights
+    if exported.exists() and network in (None, "teacher"):
+        return path, exported
+    checkpoint = find_latest_checkpoint(path / "ckpt")
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint in ckpt/, and only those hold the {network}"
+            if exported.exists()
+            else f"{path} holds neither teacher_checkpoint.pth nor a checkpoint in ckpt/"
+        )
+    return path, checkpoint
 
 
 def find_config(folder: Path) -> str:

@@ -37,7 +37,7 @@ def test_every_layout_reads_back_as_the_teacher(training: Path, tmp_path: Path, 
 def test_a_checkpoint_folder_and_the_student_can_be_exported(training: Path, tmp_path: Path) -> None:
     checkpoint = training / "ckpt" / str(N_ITERATIONS - 1)
     main([str(checkpoint), str(tmp_path / "teacher.pth")])
-    main([str(checkpoint), str(tmp_path / "student.pth"), "--network", "student"])
+    main([str(training), str(tmp_path / "student.pth"), "--network", "student"])
     exported, student = read_weights(tmp_path / "teacher.pth"), read_weights(tmp_path / "student.pth")
     assert torch.equal(exported["cls_token"], read_weights(training / "teacher_checkpoint.pth")["cls_token"])
     assert not torch.equal(student["cls_token"], exported["cls_token"])
@@ -50,6 +50,9 @@ def test_without_a_destination_the_file_lies_in_the_training(training: Path) -> 
 def test_a_folder_without_weights_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither teacher_checkpoint.pth nor a checkpoint in ckpt/"):
         main([str(tmp_path)])
+    torch.save({"teacher": {"backbone.cls_token": torch.zeros(1, 1, 4)}}, tmp_path / "teacher_checkpoint.pth")
+    with pytest.raises(FileNotFoundError, match="no checkpoint in ckpt/, and only those hold the student"):
+        main([str(tmp_path), "--network", "student"])
     torch.save({"cls_token": torch.zeros(1, 1, 4)}, tmp_path / "alone.pth")
     with pytest.raises(FileNotFoundError, match="--config-file"):
         main([str(tmp_path / "alone.pth"), str(tmp_path / "hf"), "--format", "hf"])
