@@ -59,8 +59,8 @@ class ZeroShotSegmentationConfig:
     """Of names that list several, take the first."""
     templates: str = OPEN_CLIP
     """open_clip: CLIP's 80, from that package; one template ("a photo of a {}."); else a file, one a line."""
-    patches: str = "head"
-    """Patch tokens after the head, whose mean the training aligns to texts, or those of the `backbone`."""
+    patches: str = "backbone"
+    """Patch tokens of the backbone, as the reference compares; or after the `head`: their mean is aligned to texts."""
     mode: str = "slide"
     """slide: windows, averaged; whole: the image at once."""
     resize: int = 512
@@ -82,7 +82,7 @@ def segment(
     classes: Tensor,
     *,
     size: tuple[int, int] | None = None,
-    patches: Patches = "head",
+    patches: Patches = "backbone",
     mode: str = "slide",
     resize: int = 512,
     side: int = 384,

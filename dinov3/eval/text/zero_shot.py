@@ -153,15 +153,15 @@ def retrieval_recall(
 
 
 @torch.no_grad()
-def predict_whole(model: DINOTxt, image: Tensor, classes: Tensor, *, patches: Patches = "head") -> Tensor:
+def predict_whole(model: DINOTxt, image: Tensor, classes: Tensor, *, patches: Patches = "backbone") -> Tensor:
     """Cosine similarities `[K, h, w]` of the patches of one image with class vectors.
 
     Args:
         model: on its device.
         image: normalised `[3, H, W]`; stretched (bicubic) to the next multiples of the patch.
         classes: patch-level vectors `[K, D]`, see `class_vectors`.
-        patches: tokens after the head, whose mean the training aligns to texts, or those of the backbone (which must
-            have the width of the class vectors).
+        patches: tokens of the backbone, as the reference compares (they must have the width of the class vectors), or
+            those after the head, whose mean the training aligns to texts.
 
     Raises:
         ValueError: patch tokens and class vectors of different widths.
@@ -177,7 +177,7 @@ def predict_slide(
     side: int,
     stride: int,
     *,
-    patches: Patches = "head",
+    patches: Patches = "backbone",
     batch_size: int = 8,
 ) -> Tensor:
     """Class probabilities `[K, H, W]` of the pixels of one image, averaged over windows.
@@ -246,7 +246,7 @@ def _similarities(model: DINOTxt, images: Tensor, classes: Tensor, patches: Patc
     if tokens.shape[-1] != classes.shape[-1]:
         raise ValueError(
             f"patch tokens of the {patches} are {tokens.shape[-1]} wide, class vectors {classes.shape[-1]}: make these "
-            "with patch_level=True, and use patches='head'"
+            "with patch_level=True, and use patches=head if the model projects its tokens"
         )
     cosines = F.normalize(tokens.float(), dim=-1) @ classes.mT  # [B, h * w, K]
     return cosines.mT.unflatten(2, (height, width))

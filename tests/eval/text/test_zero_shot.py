@@ -79,6 +79,22 @@ def test_one_window_is_the_whole_image() -> None:
     torch.testing.assert_close(predict_slide(model, image, classes, side=48, stride=16), expected)
 
 
+def test_patches_are_of_the_backbone_unless_the_head_is_asked_for() -> None:
+    model, classes, image = tiny_dinotxt(), vectors(), torch.randn(3, 32, 48)
+    _, of_head, of_backbone = model.encode_image_with_patch_tokens(image[None])
+    for patches, tokens in (({}, of_backbone), ({"patches": "backbone"}, of_backbone), ({"patches": "head"}, of_head)):
+        cosines = (torch.nn.functional.normalize(tokens[0], dim=-1) @ classes.T).T.unflatten(1, (2, 3))
+        torch.testing.assert_close(predict_whole(model, image, classes, **patches), cosines)
+
+
+def test_tokens_of_another_width_ask_for_those_of_the_head() -> None:
+    model, image = tiny_dinotxt(embed_dim=64), torch.randn(3, 32, 48)
+    classes = torch.nn.functional.normalize(torch.randn(4, 32), dim=-1)
+    with pytest.raises(ValueError, match=r"of the backbone are 128 wide, class vectors 32.* use patches=head"):
+        predict_whole(model, image, classes)
+    assert predict_whole(model, image, classes, patches="head").shape == (4, 2, 3)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (40, 57), (20, 70), (16, 16)])
 def test_windows_cover_every_pixel_and_probabilities_sum_to_one(size: tuple[int, int]) -> None:
     model, classes, image = tiny_dinotxt(), vectors(), torch.randn(3, *size)

@@ -49,9 +49,8 @@ def zero_shot_segmentation(entry: Mapping[str, Any], inputs: Mapping[str, Tensor
     with torch.no_grad():
         features = model.encode_text(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
     classes = average_prompts(features, model)
-    # The stored values were made with the patch tokens of the backbone.
-    whole = predict_whole(model, image, classes, patches="backbone")
-    slide = predict_slide(model, image, classes, entry["side"], entry["stride"], patches="backbone")
+    whole = predict_whole(model, image, classes)
+    slide = predict_slide(model, image, classes, entry["side"], entry["stride"])
     size = tuple(entry["target_size"])
     return {
         "text_features": classes,
