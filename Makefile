@@ -48,8 +48,8 @@ format: $(ready) ## Sort imports, mend what can be mended, format.
 docs: $(ready) ## The documentation site, in site/.
 	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs build
 
-bench: $(ready) ## Speed beside timm on this machine, as a Markdown table.
-	$(run) -m benchmarks.backbones
+bench: $(ready) ## Speed and memory beside the alternatives, all of it (hours): benchmarks/RESULTS.md.
+	$(run) -m benchmarks all
 
 clean: ## Remove the virtual environments and every cache.
 	rm -rf .venv .venv-min site .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,1 @@
+"""What every benchmark shares: measuring in turns, rows of results, the report."""
