@@ -1,6 +1,6 @@
 """Configuration of the detector: every choice that decides on its weights or its numbers.
 
-Configuration of trainings and evaluations is in `run.py`.
+Configuration of trainings and evaluations is in `recipe.py`.
 """
 
 from collections.abc import Sequence

@@ -13,14 +13,7 @@ from dinov3.data.datasets import CocoDetection
 from dinov3.eval.data import short_name
 from dinov3.eval.detection.data import make_eval_loader, open_dataset
 from dinov3.eval.detection.inference import Views, detect
-from dinov3.eval.detection.metrics import (
-    MAIN_FIGURES,
-    Record,
-    coco_figures,
-    from_main_process,
-    gather_records,
-    records_of,
-)
+from dinov3.eval.detection.metrics import Record, coco_figures, from_main_process, gather_records, records_of
 from dinov3.eval.detection.recipe import DetectionConfig
 from dinov3.logging import MetricLogger
 from dinov3.utils.device import default_device
@@ -95,7 +88,7 @@ def evaluate_detector(
         id_of: class -> category id; None: as the data set has it.
 
     Returns:
-        `<Dataset>_<figure>` for the main figures.
+        `<Dataset>_<figure>` for the twelve figures.
 
     Raises:
         ValueError: no data set.
@@ -120,7 +113,7 @@ def evaluate_detector(
         if config.eval.save_predictions:
             (folder / "predictions.json").write_text(json.dumps(records))
         draw_predictions(folder / "pictures", dataset, records, config.eval.n_pictures, config.eval.picture_score)
-    return {f"{name}_{figure}": figures[figure] for figure in MAIN_FIGURES}
+    return {f"{name}_{figure}": value for figure, value in figures.items()}
 
 
 def draw_predictions(
@@ -139,12 +132,11 @@ def draw_predictions(
 
     names = dict(zip(dataset.categories.ids, dataset.categories.names, strict=True))
     colours = dict(zip(names, palette(len(names)).tolist(), strict=True))
-    class_of = dataset.categories.class_of
+    id_of = dataset.categories.id_of
     for index in range(min(n_pictures, len(dataset))):
         image, target = dataset[index]
         picture = as_picture(image)
-        ids = {label: category for category, label in class_of.items()}
-        there = [ids[label] for label in target["labels"].tolist()]
+        there = [id_of[label] for label in target["labels"].tolist()]
         found = [r for r in records if r["image_id"] == target["image_id"] and r["score"] >= min_score]
         labels = [f"{names[r['category_id']]} {r['score']:.2f}" for r in found]
         boxes = [[x, y, x + width, y + height] for x, y, width, height in (r["bbox"] for r in found)]

@@ -15,7 +15,6 @@ from torch import Tensor
 from dinov3 import distributed
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-MAIN_FIGURES = FIGURES[:6]
 
 Record = dict[str, Any]
 

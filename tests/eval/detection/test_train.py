@@ -14,6 +14,7 @@ from torch import Tensor
 from dinov3.checkpointer.heads import read_head
 from dinov3.eval.detection import example, predict, run
 from dinov3.eval.detection.data import make_train_dataset, make_train_loader
+from dinov3.eval.detection.metrics import FIGURES
 from dinov3.eval.detection.models.detr import build_model
 from dinov3.eval.detection.models.processor import head_state
 from dinov3.eval.detection.recipe import DetectionConfig
@@ -99,8 +100,8 @@ def test_a_training_leaves_what_the_specification_lists(trained: Path) -> None:
     figures = json.loads((folder / "results.json").read_text())
     assert len(figures) == 12
     header, row = (trained / "results-detection.csv").read_text().splitlines()
-    assert header == ",".join(f"CocoDetection_{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
-    assert float(row.split(",")[0]) == figures["AP"]
+    assert header.split(",") == [f"CocoDetection_{name}" for name in FIGURES]
+    assert [float(value) for value in row.split(",")] == list(figures.values())
     records = json.loads((folder / "predictions.json").read_text())
     assert {record["category_id"] for record in records} <= {3, 14, 54}
     assert {record["image_id"] for record in records} <= {1000, 1007, 1014, 1021}
