@@ -63,7 +63,8 @@ class Training:
         self.world_size = world_size
         self.argv = [*flags, *tiny_training.with_output(tiny_training.prepare(folder), self.output_dir, *overrides)]
         self.processes: list[BaseProcess] = []
-        self._printed = [folder / f"{name}_rank{rank}.txt" for rank in range(world_size)]
+        # beside a small disk that is filled, never on it: what the job says of the full disk would be lost
+        self._printed = [folder / f"{name.replace('/', '_')}_rank{rank}.txt" for rank in range(world_size)]
 
     def start(self, until_it_trains: bool = True) -> None:
         """Start all processes; return when the data set has been opened, right before the first iteration."""
