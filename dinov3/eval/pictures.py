@@ -34,6 +34,11 @@ class ColourBar:
     colour_map: str = "turbo"
 
 
+def spread_indices(n_samples: int, n: int) -> list[int]:
+    """Which samples of a data set to show: `n` from all over it (fewer, if it is shorter), with the first and last."""
+    return np.unique(np.linspace(0, n_samples - 1, n).astype(int)).tolist() if n_samples else []
+
+
 def palette(n: int) -> np.ndarray:
     """`n` colours that neighbours in the list are easily told apart by; the same for every call: uint8 [n, 3].
 

@@ -111,9 +111,16 @@ def build_model_for_eval(
     )
     _load_trained(model, pretrained_weights, model_config)
     _check_vocabulary(model, tokenizer)
-    size = model_config.vision_model_train_img_size
-    transform = make_classification_eval_transform(resize_size=int(256 * size / 224), crop_size=size)
-    return model.eval(), transform, tokenizer
+    return model.eval(), make_crop_transform(model_config.vision_model_train_img_size), tokenizer
+
+
+def make_crop_transform(crop_size: int) -> Any:
+    """The transform of images at evaluation: resized to a shorter side of 256/224 of the crop, then the centre of it.
+
+    Args:
+        crop_size: [pixels].
+    """
+    return make_classification_eval_transform(resize_size=int(256 * crop_size / 224), crop_size=crop_size)
 
 
 def compile_parallelize_and_init(model_config: DINOTxtConfig, **options: Any) -> DINOTxt:

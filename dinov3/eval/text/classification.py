@@ -27,7 +27,7 @@ from dinov3.eval.config import MISSING, TransformConfig
 from dinov3.eval.evaluate import evaluate, make_eval_data_loader
 from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
-from dinov3.eval.pictures import save_panels
+from dinov3.eval.pictures import save_panels, spread_indices
 from dinov3.eval.text.build_dinotxt import load_for_use
 from dinov3.eval.text.config import TextModelConfig
 from dinov3.eval.text.dinotxt_model import DINOTxt
@@ -89,12 +89,8 @@ def make_classifier(
     model: DINOTxt, tokenizer: Tokenizer, class_names: Sequence[str], templates: Sequence[str]
 ) -> ZeroShotClassifier:
     """The classifier of these classes; see `class_vectors`."""
-    return ZeroShotClassifier(model, class_vectors(model, context_of(model, tokenizer), class_names, templates))
-
-
-def context_of(model: DINOTxt, tokenizer: Tokenizer) -> Any:
-    """The tokenizer as a function of texts, with the context length of the model."""
-    return partial(tokenizer.tokenize, context_length=int(getattr(model.text_model.backbone, "context_length", 77)))
+    tokenize = partial(tokenizer.tokenize, context_length=model.context_length)
+    return ZeroShotClassifier(model, class_vectors(model, tokenize, class_names, templates))
 
 
 def measure_accuracy(
@@ -118,7 +114,7 @@ def save_pictures(
     folder: Path, classifier: ZeroShotClassifier, dataset: Any, shown: Any, class_names: Sequence[str], n: int
 ) -> None:
     """Images from all over the data set, each with the nearest classes; `shown` is the data set without transform."""
-    for i in np.unique(np.linspace(0, len(dataset) - 1, n).astype(int)).tolist() if n else []:
+    for i in spread_indices(len(dataset), n):
         tensor, target = dataset[i]
         probabilities = classifier(tensor[None].to(classifier.classes.device)).softmax(dim=1)[0].cpu()
         best = probabilities.topk(min(_N_SHOWN, len(class_names)))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.eval.text.text_tower import TextTower, build_text_backbone, build_text_model
+from dinov3.eval.text.tokenizer import CONTEXT_LENGTH
 from dinov3.eval.text.vision_tower import VisionFeatures, VisionTower, build_vision_model
 
 
@@ -131,6 +132,11 @@ class DINOTxt(nn.Module):
             self.logit_scale = nn.Parameter(
                 torch.full((1,), float(config.init_logit_scale)), requires_grad=not config.freeze_logit_scale
             )
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest text; CLIP's 77 if the text backbone doesn't say."""
+        return int(getattr(self.text_model.backbone, "context_length", CONTEXT_LENGTH))
 
     def init_weights(self) -> None:
         """Random weights, those of the backbones too, and the scale of the configuration."""

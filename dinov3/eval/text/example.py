@@ -198,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = [f"class_names={example.class_names}", f"templates='{TEMPLATE}'"]
     retrieval.main([f"output_dir={root}/retrieval", f"dataset='{example.captions}'", *model, *sizes])
     classification.main([f"output_dir={root}/classification", f"dataset='{example.classes}'", *model, *sizes, *prompts])
-    windows = [f"side={IMAGE_SIZE}", f"stride={IMAGE_SIZE // 2}", "resize=0"]
+    # The tokens after the head: it narrows them, and everything is trained from scratch, to align those.
+    windows = [f"side={IMAGE_SIZE}", f"stride={IMAGE_SIZE // 2}", "resize=0", "patches=head"]
     segmentation.main([f"output_dir={root}/segmentation", f"dataset='{example.masks}'", *model, *prompts, *windows])
     return 0
 

@@ -25,7 +25,7 @@ from dinov3.data import make_dataset
 from dinov3.eval.config import MISSING, TransformConfig
 from dinov3.eval.features import extract_features
 from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
-from dinov3.eval.pictures import save_panels
+from dinov3.eval.pictures import save_panels, spread_indices
 from dinov3.eval.text.build_dinotxt import load_for_use
 from dinov3.eval.text.config import TextModelConfig
 from dinov3.eval.text.data import WithoutTargets, all_captions
@@ -97,8 +97,7 @@ def embed(model: DINOTxt, tokenizer: Tokenizer, dataset: Any, *, batch_size: int
         batch_size, num_workers: of the data loaders, per process.
     """
     captions, image_of_text = all_captions(dataset)
-    context_length = int(getattr(model.text_model.backbone, "context_length", 77))
-    tokens = tokenizer.tokenize(captions, context_length)
+    tokens = tokenizer.tokenize(captions, model.context_length)
     was_training = model.training
     model.eval()
     extract = partial(extract_features, batch_size=batch_size, gather_on_cpu=True)
@@ -134,7 +133,7 @@ def measure_retrieval(
 def save_pictures(folder: Path, dataset_str: str, embedded: Embedded, n: int) -> None:
     """For captions from all over the data set, a picture of the nearest images; that of the caption has a green bar."""
     dataset = make_dataset(dataset_str=dataset_str)
-    for i in np.unique(np.linspace(0, len(embedded.captions) - 1, n).astype(int)).tolist() if n else []:
+    for i in spread_indices(len(embedded.captions), n):
         similarity = embedded.images @ embedded.texts[i]
         panels: dict[str, np.ndarray] = {}
         for rank, row in enumerate(similarity.topk(min(_N_SHOWN, len(similarity))).indices.tolist(), start=1):

@@ -28,10 +28,9 @@ from dinov3.data import make_dataset
 from dinov3.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from dinov3.eval.config import MISSING
 from dinov3.eval.helpers import args_dict_to_dataclass, check_eval_arguments, run_main, write_results
-from dinov3.eval.pictures import as_picture, colour_labels, overlay, palette, save_panels
+from dinov3.eval.pictures import as_picture, colour_labels, overlay, palette, save_panels, spread_indices
 from dinov3.eval.results import save_from_dict
 from dinov3.eval.text.build_dinotxt import load_for_use
-from dinov3.eval.text.classification import context_of
 from dinov3.eval.text.config import TextModelConfig
 from dinov3.eval.text.dinotxt_model import DINOTxt
 from dinov3.eval.text.prompts import DATASET, OPEN_CLIP, find_class_names, find_templates
@@ -163,9 +162,10 @@ def benchmark_launcher(eval_args: Mapping[str, Any]) -> dict[str, float]:
     class_names = find_class_names(config.class_names, dataset, first_synonym=config.first_synonym)
     templates = find_templates(config.templates)
     model, _, tokenizer = load_for_use(config.model)
-    classes = class_vectors(model, context_of(model, tokenizer), class_names, templates, patch_level=True)
+    tokenize = partial(tokenizer.tokenize, context_length=model.context_length)
+    classes = class_vectors(model, tokenize, class_names, templates, patch_level=True)
     own = range(distributed.get_rank(), len(dataset), distributed.get_world_size())
-    shown = set(np.linspace(0, len(dataset) - 1, config.n_pictures).astype(int).tolist())
+    shown = spread_indices(len(dataset), config.n_pictures)
     matrix = torch.zeros(len(class_names), len(class_names), dtype=torch.int64, device=classes.device)
     loader = DataLoader(Subset(dataset, list(own)), batch_size=1, collate_fn=_first, num_workers=config.num_workers)
     for i, (image, mask) in zip(own, loader, strict=True):

@@ -38,10 +38,9 @@ from dinov3.checkpointer import (
     save_checkpoint,
 )
 from dinov3.configs.config import find_config_file, write_config
-from dinov3.data.transforms import make_classification_eval_transform
 from dinov3.eval.helpers import args_dict_to_dataclass, as_value_errors, cli_parser
 from dinov3.eval.probe import ProbeCheckpoints, average_gradients, train_probe
-from dinov3.eval.text.build_dinotxt import build_model_and_tokenizer
+from dinov3.eval.text.build_dinotxt import build_model_and_tokenizer, make_crop_transform
 from dinov3.eval.text.config import UNUSED, TextTrainConfig, check_training, model_config_of
 from dinov3.eval.text.data import make_train_loader
 from dinov3.eval.text.dinotxt_model import DINOTxt
@@ -239,6 +238,62 @@ class TextCheckpoints(ProbeCheckpoints):
         """Nothing: `save_regular` has deleted what isn't kept."""
 
 
+class TextTrainer:
+    """The training of a model: what the loop calls, and where it stands.
+
+    Args:
+        config: how to train.
+        model: from `build_model_and_tokenizer`.
+        tokenizer: of the captions.
+    """
+
+    def __init__(self, config: TextTrainConfig, model: DINOTxt, tokenizer: Tokenizer) -> None:
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.output_dir = Path(config.output_dir)
+        betas = (config.beta1, config.beta2)
+        self.optimizer = build_optimizer(model, weight_decay=config.weight_decay, betas=betas, eps=config.eps)
+        self.train_on = Step(
+            model,
+            self.optimizer,
+            gram_loss_weight=config.vision_model_gram_loss_weight if config.vision_model_use_gram_loss else None,
+            patch_sampling_rate=config.vision_model_patch_sampling_rate_for_gram_loss,
+            normalize_patch_tokens=config.vision_model_normalize_patch_tokens_for_gram_loss,
+        )
+        self.finite = FiniteCheck()
+        self.checkpoints = TextCheckpoints(
+            self.output_dir / "ckpt", model, self.optimizer, config.max_checkpoints_to_keep, self.finite.look
+        )
+        self.rates = learning_rates(config.lr, config.warmup_length, config.max_iteration)
+        self.iteration = 0
+        self.results: dict[str, float] = {}
+
+    def resume(self) -> int:
+        """Go on from the newest checkpoint, unless `no_resume`; return the number of iterations that are done."""
+        if self.config.no_resume:
+            set_aside(self.checkpoints.folder)
+        self.iteration = self.checkpoints.resume()
+        return self.iteration
+
+    def step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Train on images `[B, 3, H, W]` and token ids `[B, N]`; returns what is logged."""
+        torch.manual_seed(derived_seed("text", self.config.seed, self.iteration, distributed.get_rank()))
+        images, tokens = (tensor.to(self.model.logit_scale.device, non_blocking=True) for tensor in batch)
+        metrics = self.train_on(images, tokens, float(self.rates[self.iteration]))
+        self.finite.add(metrics, self.iteration)
+        self.iteration += 1
+        if self.iteration % self.config.gc_freq == 0:
+            gc.collect()
+        return metrics
+
+    def evaluate(self, iteration: int) -> float:
+        """Export and measure, at an iteration (counted from 0) or in the end; returns the score in percent."""
+        last = min(iteration, self.config.max_iteration - 1)
+        self.finite.look(last)
+        folder = self.output_dir / "eval" / f"training_{last}"
+        self.results = export_and_evaluate(self.config, self.model, self.tokenizer, folder)
+        return self.results.get("text_to_image_recall@1", 0.0)
+
+
 def train(config: TextTrainConfig, model: DINOTxt, train_transform: Any, tokenizer: Tokenizer) -> dict[str, float]:
     """Train to the end, evaluating and saving on the way. A collective of the world.
 
@@ -258,59 +313,21 @@ def train(config: TextTrainConfig, model: DINOTxt, train_transform: Any, tokeniz
         RuntimeError: a loss is not finite.
         Stopped: a signal asked to stop; the state is saved.
     """
-    output_dir = Path(config.output_dir)
-    device = model.logit_scale.device
-    optimizer = build_optimizer(
-        model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2), eps=config.eps
-    )
-    step = Step(
-        model,
-        optimizer,
-        gram_loss_weight=config.vision_model_gram_loss_weight if config.vision_model_use_gram_loss else None,
-        patch_sampling_rate=config.vision_model_patch_sampling_rate_for_gram_loss,
-        normalize_patch_tokens=config.vision_model_normalize_patch_tokens_for_gram_loss,
-    )
-    finite = FiniteCheck()
-    checkpoints = TextCheckpoints(output_dir / "ckpt", model, optimizer, config.max_checkpoints_to_keep, finite.look)
-    if config.no_resume:
-        set_aside(checkpoints.folder)
-    done = checkpoints.resume()
-    rates = learning_rates(config.lr, config.warmup_length, config.max_iteration)
-    results: dict[str, float] = {}
-    iteration = done
-
-    def train_on(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        nonlocal iteration
-        torch.manual_seed(derived_seed("text", config.seed, iteration, distributed.get_rank()))
-        images, tokens = (tensor.to(device, non_blocking=True) for tensor in batch)
-        metrics = step(images, tokens, float(rates[iteration]))
-        finite.add(metrics, iteration)
-        iteration += 1
-        if iteration % config.gc_freq == 0:
-            gc.collect()
-        return metrics
-
-    def evaluate(n: int) -> float:
-        last = min(n, config.max_iteration - 1)
-        finite.look(last)
-        results.clear()
-        results.update(export_and_evaluate(config, model, tokenizer, output_dir / "eval" / f"training_{last}"))
-        return results.get("text_to_image_recall@1", 0.0)
-
-    context_length = int(getattr(model.text_model.backbone, "context_length", 77))
+    trainer = TextTrainer(config, model, tokenizer)
+    done = trainer.resume()
     with _manual_garbage_collection():
         train_probe(
-            step=train_on,
-            batches=make_train_loader(config, train_transform, tokenizer, context_length, done),
+            step=trainer.step,
+            batches=make_train_loader(config, train_transform, tokenizer, model.context_length, done),
             done=done,
             max_iter=config.max_iteration,
-            checkpoints=checkpoints,
+            checkpoints=trainer.checkpoints,
             save_period=config.checkpointing_period,
-            evaluate=evaluate,
+            evaluate=trainer.evaluate,
             eval_period=config.eval_freq if config.eval_freq > 0 else config.max_iteration,
-            metrics_file=output_dir / "training_metrics.json",
+            metrics_file=trainer.output_dir / "training_metrics.json",
         )
-    return results
+    return trainer.results
 
 
 @contextlib.contextmanager
@@ -353,12 +370,11 @@ def export_and_evaluate(
     save_checkpoint(folder / "sharded_model_checkpoint", iteration=folder.name, model=model)
     if not config.eval_dataset_str:
         return {}
-    size = config.vision_model_train_img_size
     results, _ = measure_retrieval(
         model,
         tokenizer,
         config.eval_dataset_str,
-        make_classification_eval_transform(resize_size=int(256 * size / 224), crop_size=size),
+        make_crop_transform(config.vision_model_train_img_size),
         batch_size=config.batch_size,
         num_workers=config.num_workers,
     )
