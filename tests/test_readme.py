@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from dinov3.data.photos import bundled_file
 from dinov3.run import cli
@@ -31,12 +32,18 @@ def _commands() -> list[list[str]]:
 
 
 COMMANDS = _commands()
-# The hub's entries on ViT-7B/16, and what lets them stand on a tiny backbone.
+# The hub's entries on ViT-7B/16, and what registers a tiny backbone under that name.
 TINY = {
     "dinov3_vit7b16_ms": tiny_segmentor,
     "dinov3_vit7b16_dd": tiny_depther,
     "dinov3_vit7b16_de": tiny_detector,
 }
+SNIPPETS = _blocks("python")
+
+
+def _entry(code: str) -> str:
+    """The name of the hub that a snippet loads."""
+    return re.findall(r"dinov3_\w+", code)[0]
 
 
 @pytest.fixture(scope="module")
@@ -49,28 +56,60 @@ def weight_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("number", range(len(_blocks("python"))))
-def test_python_snippets_run_as_printed(number: int, weight_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = _blocks("python")[number]
-    if "dinotxt" in code:
-        files, _ = small_hub(monkeypatch, weight_file.parent)
-        code = code.replace("path/to/dinotxt.pth", str(files.weights))
-        code = code.replace("path/to/vitl16.pth", str(files.backbone_weights))
-    for tiny in (tiny for entry, tiny in TINY.items() if entry in code):
-        released = tiny.small_hub(monkeypatch, weight_file.parent)
-        code = code.replace("path/to/head.pth", str(released.head)).replace("path/to/7b.pth", str(released.backbone))
-        code = code.replace("photo.jpg", str(bundled_file("skimage", "data/astronaut.png"))).replace('"cuda"', '"cpu"')
-    code = code.replace("path/to/dinov3", str(ROOT)).replace("path/to/weights.pth", str(weight_file))
-    monkeypatch.chdir(weight_file.parent)
-    scope: dict[str, object] = {}
+@pytest.fixture
+def user_folder(tmp_path: Path, weight_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a reader who has the repository, a backbone and a photograph where the README says."""
+    photograph = bundled_file("skimage", "data/astronaut.png")
+    assert photograph is not None
+    (tmp_path / "path/to").mkdir(parents=True)
+    for name, target in (("path/to/dinov3", ROOT), ("path/to/weights.pth", weight_file), ("photo.jpg", photograph)):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _run_as_printed(code: str) -> None:
+    """Execute a snippet with nothing replaced but the device; shapes that its comments promise must be printed."""
     printed: list[object] = []
-    scope["print"] = lambda *values: printed.extend(values)
-    exec(compile(code, f"README.md, Python snippet {number}", "exec"), scope)
-    # Shapes that the comments promise.
+    scope: dict[str, object] = {"print": lambda *values: printed.extend(values)}
+    exec(compile(code.replace('device = "cuda"', 'device = "cpu"'), "README.md", "exec"), scope)
     promised = [
         tuple(map(int, shape.split(","))) for shape in re.findall(r"print\(.*\[([\d, ]+)\]$", code, re.MULTILINE)
     ]
     assert [tuple(value) for value in printed if isinstance(value, torch.Size)] == promised
+    for picture in re.findall(r'savefig\("(.*)"\)', code):
+        with Image.open(picture) as drawn:
+            assert min(drawn.size) > 100
+
+
+@pytest.mark.parametrize("code", SNIPPETS, ids=_entry)
+def test_python_snippets_run_as_printed(code: str, user_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are narrow here; `test_snippets_run_with_heads_of_the_released_size` has them in full."""
+    if "dinotxt" in code:
+        files, _ = small_hub(monkeypatch, user_folder / "hub")
+        (user_folder / "path/to/dinotxt.pth").symlink_to(files.weights)
+        (user_folder / "path/to/vitl16.pth").symlink_to(files.backbone_weights)
+    if _entry(code) in TINY:
+        released = TINY[_entry(code)].small_hub(monkeypatch, user_folder)
+        (user_folder / "path/to/head.pth").symlink_to(released.head)
+        (user_folder / "path/to/7b.pth").symlink_to(released.backbone)
+    _run_as_printed(code)
+
+
+@pytest.mark.slow  # minutes, 6 GB of memory, 3 GB of disk
+@pytest.mark.parametrize("entry", ["dinov3_vit7b16_ms", "dinov3_vit7b16_dd"])
+def test_snippets_run_with_heads_of_the_released_size(
+    entry: str, user_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three substitutions: a tiny backbone, a bundled photograph, the device."""
+    (code,) = (code for code in SNIPPETS if _entry(code) == entry)
+    released = TINY[entry].small_hub(monkeypatch, user_folder, narrow=False)
+    (user_folder / "path/to/head.pth").symlink_to(released.head)
+    (user_folder / "path/to/7b.pth").symlink_to(released.backbone)
+    try:
+        _run_as_printed(code)
+    finally:
+        released.head.unlink()  # pytest keeps the folder, which should not hold gigabytes
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

@@ -21,20 +21,24 @@ class HubFiles(NamedTuple):
     backbone: Path
 
 
-def small_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> HubFiles:
-    """Let `dinov3_vit7b16_dd` stand on a tiny backbone, with a head as narrow, and write the files of both."""
+def small_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, *, narrow: bool = True) -> HubFiles:
+    """Let `dinov3_vit7b16_dd` stand on a tiny backbone, and write the files of backbone and head.
+
+    With `narrow` the head is as narrow as the backbone, otherwise as wide as the released one: 198 M parameters.
+    """
     name = "dinov3_vit7b16"
     entry = BackboneEntry(name, {Weights.LVD1689M: "00000000"}, DinoVisionTransformer, _VIT)
     monkeypatch.setitem(BACKBONES, name, entry)  # type: ignore[arg-type]
     released = depthers._get_depther_config
 
-    def narrow(*args: Any, **kwargs: Any) -> Any:
+    def narrow_config(*args: Any, **kwargs: Any) -> Any:
         config = released(*args, **kwargs)
         config.n_output_channels = 16
         config.head_kwargs = {"channels": 8, "post_process_channels": [8, 8, 8, 8], "n_hidden_channels": 8}
         return config
 
-    monkeypatch.setattr(depthers, "_get_depther_config", narrow)
+    if narrow:
+        monkeypatch.setattr(depthers, "_get_depther_config", narrow_config)
     torch.manual_seed(0)
     depther = depthers.dinov3_vit7b16_dd(pretrained=False)
     files = HubFiles(folder / "depth_head.pth", folder / "depth_backbone.pth")

@@ -19,12 +19,16 @@ class HubFiles(NamedTuple):
     backbone: Path
 
 
-def small_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> HubFiles:
-    """Let `dinov3_vit7b16_ms` stand on a tiny backbone, with a head as narrow, and write the files of both."""
+def small_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, *, narrow: bool = True) -> HubFiles:
+    """Let `dinov3_vit7b16_ms` stand on a tiny backbone, and write the files of backbone and head.
+
+    With `narrow` the head is as narrow as the backbone, otherwise as wide as the released one: 668 M parameters.
+    """
     backbone = register_tiny_backbone(monkeypatch, folder)
-    make = partial(segmentors._make_dinov3_m2f_segmentor, hidden_dim=32)
-    monkeypatch.setattr(segmentors, "_make_dinov3_m2f_segmentor", make)
+    if narrow:
+        make = partial(segmentors._make_dinov3_m2f_segmentor, hidden_dim=32)
+        monkeypatch.setattr(segmentors, "_make_dinov3_m2f_segmentor", make)
     torch.manual_seed(0)
     head = folder / "m2f_head.pth"
-    torch.save(head_state(make(pretrained=False)), head)
+    torch.save(head_state(segmentors.dinov3_vit7b16_ms(pretrained=False)), head)
     return HubFiles(head, backbone)
