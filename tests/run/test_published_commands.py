@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dinov3.checkpointer.weights import read_weights
 from dinov3.eval import knn, linear, log_regression
+from dinov3.eval.text import train_dinotxt
+from dinov3.models.vision_transformer import vit_nano
 from dinov3.run.submit import get_run_parser
 from dinov3.train import train
 from tests.helpers.imagenet import write_imagenet, write_imagenet22k
 from tests.helpers.source import ROOT
+from tests.helpers.tiny_text_training import prepare
 
 # Words in capitals are what the reader puts in.
 TRAINING = {
@@ -34,6 +38,10 @@ TRAINING = {
     "multi_distillation": "--nodes 1 --config-file dinov3/configs/train/multi_distillation_test.yaml --output-dir OUT "
     "--multi-distillation train.dataset_path=ImageNet:split=TRAIN:root=D1:extra=X1",
 }
+# Its file says in <> which values are the reader's own.
+TEXT = "--nodes 4 trainer_config_file=dinov3/eval/text/configs/dinov3_vitl_text.yaml output-dir=OUT"
+TEXT_OWN = ["train_dataset_str=CaptionList:file=PAIRS/captions.csv"]
+TEXT_OWN += ["vision_backbone_pretrained_weights=PAIRS/backbone.pth"]
 MODEL = "model.config_file=OUT/config.yaml model.pretrained_weights=OUT/teacher_checkpoint.pth output_dir=OUT "
 TRAIN_SET, VAL_SET = (f"ImageNet:split={split}:root=D1:extra=X1" for split in ("TRAIN", "VAL"))
 EVALUATION = {
@@ -84,6 +92,16 @@ def test_training_commands_pass_the_check_as_they_are_printed(name: str, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_the_text_command_asks_for_what_its_file_leaves_open(tmp_path: Path) -> None:
+    words = shlex.split(TEXT.replace("OUT", str(tmp_path)))
+    args, rest = get_run_parser().parse_known_args(["dinov3/eval/text/train_dinotxt.py", *words])
+    n_processes = args.nodes * args.ngpus
+    with pytest.raises(ValueError, match=r"command line: vision_backbone_pretrained_weights, train_dataset_str$"):
+        train_dinotxt.check_arguments(rest, n_processes)
+    train_dinotxt.check_arguments([*rest, *TEXT_OWN], n_processes)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", EVALUATION)
 def test_evaluation_commands_pass_the_check_as_they_are_printed(name: str) -> None:
     CHECKS[name](shlex.split(EVALUATION[name]), 8)
@@ -99,7 +117,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def words_of(command: str, places: dict[str, str], n_nodes: int = 1) -> list[str]:
     """A command with what the reader puts in, on another number of nodes."""
-    words = shlex.split(re.sub(r"\b(?:OUT|TEACHER|[DX](?:1|22))\b", lambda name: places[name[0]], command))
+    words = shlex.split(re.sub(r"\b(?:OUT|TEACHER|PAIRS|[DX](?:1|22))\b", lambda name: places[name[0]], command))
     if "--nodes" in words:
         words[words.index("--nodes") + 1] = f"{n_nodes}"
     return words
@@ -170,3 +188,18 @@ def test_two_students_are_distilled_from_the_published_base_file(places: dict[st
     for name, width in (("vits", 384), ("vitb", 768)):
         assert iterations(out / name) == [0, 3]
         assert read_weights(out / name / "teacher_checkpoint.pth")["cls_token"].shape[-1] == width
+
+
+@pytest.mark.slow
+def test_text_is_aligned_with_a_frozen_backbone(tmp_path: Path) -> None:
+    """The published file, whatever stands in it: over it only data, weights and sizes."""
+    pairs, out = tmp_path / "pairs", tmp_path / "out"
+    prepare(pairs)
+    torch.save(vit_nano(8, layerscale_init=1e-5).state_dict(), pairs / "backbone.pth")
+    (pairs / "vision.yaml").write_text("student: {arch: vit_nano, patch_size: 8}\n")
+    places = {"OUT": str(out), "PAIRS": str(pairs)}
+    sizes = [f"{tower}_backbone_config={pairs}/{tower}.yaml" for tower in ("vision", "text")]
+    sizes += [f"text_vocab_path_or_url={pairs}/bytes.txt.gz", "embed_dim=128", "vision_model_train_img_size=16"]
+    sizes += ["batch_size=2", "num_workers=0", "max_iteration=3", "warmup_length=1", "do_compile=false"]
+    run("dinov3/eval/text/train_dinotxt.py", " ".join([TEXT, *TEXT_OWN]), places, *sizes)
+    assert (out / "eval" / "training_2" / "sharded_model_checkpoint" / ".metadata").is_file()

@@ -123,8 +123,10 @@ def check_placeholders(values: Mapping[str, Any]) -> None:
     """
     left = [key for key, value in values.items() if isinstance(value, str) and _PLACEHOLDER.search(value)]
     if left:
-        listed = ", ".join(f"{key}={values[key]}" for key in left)
-        raise ValueError(f"placeholders are left in the configuration: {listed}. Replace them by your own values")
+        raise ValueError(
+            f"placeholders are left in the configuration ({', '.join(f'{key}={values[key]}' for key in left)}). Give "
+            f"values of your own in the file, or as key=value on the command line: {', '.join(left)}"
+        )
 
 
 def check_training(config: TextTrainConfig) -> None:
