@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -96,13 +96,18 @@ def load_teacher_config(path: str | os.PathLike[str]) -> DictConfig:
     return _merge([get_default_config(), _load_file(path, allow_unknown_keys=True)])
 
 
-def setup_config(args: Any, strict_cfg: bool = True) -> DictConfig:
+def setup_config(
+    args: Any, strict_cfg: bool = True, *, check: Callable[[DictConfig], None] | None = None
+) -> DictConfig:
     """`get_cfg_from_args`, saved as `config.yaml` in the output folder, then with the learning rate scaled.
 
-    The file holds the rate before scaling: it can be given as `--config-file` again.
+    The file holds the rate before scaling: it can be given as `--config-file` again. What `check` refuses is not saved:
+    the file in the folder goes on describing the training that is there.
     """
     cfg = get_cfg_from_args(args, strict=strict_cfg)
     logger.info("arguments: %s", _one_per_line(vars(args)))
+    if check is not None:
+        check(cfg)
     if args.output_dir and distributed.is_subgroup_main_process():
         write_config(cfg, args.output_dir)
     return apply_scaling_rules_to_cfg(cfg)
@@ -308,7 +313,9 @@ def student_configs(args: Any, world_size: int) -> list[DictConfig]:
     return [_student_config(_student_args(args, plan, student, world_size), base) for student in plan.students]
 
 
-def setup_multidistillation(args: Any, *, distributed_timeout: timedelta | None = None) -> DictConfig:
+def setup_multidistillation(
+    args: Any, *, distributed_timeout: timedelta | None = None, check: Callable[[DictConfig], None] | None = None
+) -> DictConfig:
     """Set up the job of a multi-distillation, and return the configuration of this process's student.
 
     The base file `args.config_file` lists the students and their ranks. Every process joins the subgroup of its
@@ -318,6 +325,7 @@ def setup_multidistillation(args: Any, *, distributed_timeout: timedelta | None 
     Args:
         args: see `get_cfg_from_args`.
         distributed_timeout: of collectives; torch's default if None.
+        check: called with this student's configuration before it is saved; see `setup_config`.
 
     Raises:
         ValueError: the base file doesn't describe a multi-distillation, or it doesn't fit the number of processes.
@@ -344,6 +352,8 @@ def setup_multidistillation(args: Any, *, distributed_timeout: timedelta | None 
             logger.warning("the base file sets student.arch: %s, for every student", base.student.arch)
         fix_random_seeds(getattr(args, "seed", 0) + distributed.get_rank())
         cfg = _student_config(args, base)
+        if check is not None:
+            check(cfg)
         if distributed.is_subgroup_main_process():
             write_config(cfg, args.output_dir)
         return apply_scaling_rules_to_cfg(cfg)

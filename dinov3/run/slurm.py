@@ -73,10 +73,13 @@ def submit_jobs(
         name: of the job.
 
     Raises:
-        RuntimeError: SLURM isn't there.
-        submitit.core.utils.FailedJobError: SLURM refused the job.
+        RuntimeError: SLURM isn't there, or refused the job.
     """
     folder = os.fspath(output_dir or get_shared_folder() / "%j")
     executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=MAX_NUM_TIMEOUT)
     executor.update_parameters(**executor_parameters(submitit_args, name))
-    return executor.submit(class_to_submit)
+    try:
+        return executor.submit(class_to_submit)
+    except submitit.core.utils.FailedJobError as error:
+        reason = str(error).strip()
+        raise RuntimeError(f"SLURM did not take the job: {reason}\nTo run on this machine: --cluster local") from error

@@ -125,7 +125,11 @@ def _defines(module_path: str, name: str) -> bool:
 
 def _submit(args: argparse.Namespace, call: CheckpointableSubmitter, argv: Sequence[str]) -> int:
     name, output_dir = f"{Path(call.module_path).stem}:{call.callable_name}", call.output_dir
-    job = submit_jobs(call, output_dir, args, name)
+    try:
+        job = submit_jobs(call, output_dir, args, name)
+    except RuntimeError as error:
+        logger.error("%s", error)
+        return 1
     folder = output_dir.replace("%j", str(job.job_id))
     logger.info("job %s (%s) is queued on SLURM: squeue -j %s; scancel %s", job.job_id, name, job.job_id, job.job_id)
     logger.info("folder: %s", folder)

@@ -39,6 +39,7 @@ from dinov3.train.loop import STALL_TIMEOUT_S, do_train
 from dinov3.train.meta_arch import MetaArch
 from dinov3.train.multidist_meta_arch import MultiDistillationMetaArch
 from dinov3.train.optimizer import apply_optim_scheduler, build_optimizer
+from dinov3.train.resume import check_same_student
 from dinov3.train.schedules import build_schedulers, build_schedulers_v2
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.utils import count_parameters
@@ -161,28 +162,39 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_config(cfg)
             dry_run(cfg, args, partial(build_meta_arch, multi_distillation=False))
         return
+    check = partial(_check, args=args)
     if args.multi_distillation:
-        cfg = setup_multidistillation(args, distributed_timeout=timeout)
+        cfg = setup_multidistillation(args, distributed_timeout=timeout, check=check)
         try:
             _run(cfg, args)
         finally:
             exit_job()
         return
     with job_context(output_dir=args.output_dir, seed=args.seed, distributed_timeout=timeout):
-        cfg = setup_config(args, strict_cfg=False)
+        cfg = setup_config(args, strict_cfg=False, check=check)
         _run(cfg, args)
 
 
-def _run(cfg: Any, args: argparse.Namespace) -> None:
+def _check(cfg: Any, args: argparse.Namespace) -> None:
+    """Refuse contradictions, and a checkpoint in the output folder that is one of another model."""
     check_config(cfg)
+    latest = find_latest_checkpoint(Path(cfg.train.output_dir, "ckpt")) if _resumes(args) else None
+    if latest is not None:
+        check_same_student(latest, _build_on_meta(cfg, multi_distillation=args.multi_distillation).student)
+
+
+def _resumes(args: argparse.Namespace) -> bool:
+    """A job that SLURM has started again goes on, whatever it was told at first."""
+    return not args.no_resume or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def _run(cfg: Any, args: argparse.Namespace) -> None:
     setup_logging(output=str(Path(args.output_dir, "nan_logs")), name="nan_logger")
     model = build_meta_arch(cfg, multi_distillation=args.multi_distillation)
     if args.eval_only:
         export_newest(cfg, model)
         return
-    # A job that SLURM has started again goes on, whatever it was told at first.
-    resume = not args.no_resume or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-    do_train(cfg, model, resume=resume, stall_timeout_s=args.stall_timeout)
+    do_train(cfg, model, resume=_resumes(args), stall_timeout_s=args.stall_timeout)
 
 
 def build_meta_arch(cfg: Any, *, multi_distillation: bool) -> MetaArch:

@@ -140,6 +140,23 @@ def test_a_finished_training_started_again_changes_nothing(
     assert losses(undisturbed) == rows
 
 
+@pytest.mark.parametrize(
+    ("refused", "reason"),
+    [
+        ("student.patch_size=8", "is one of another model.*patch_embed"),
+        ("crops.local_crops_number=0", "local_crops_number"),
+        ("student.drop_path_rate=x", "drop_path_rate"),
+    ],
+)
+def test_a_refused_start_leaves_the_folder_as_it_was(
+    arguments: list[str], undisturbed: Path, refused: str, reason: str
+) -> None:
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file() and path.suffix != ".txt"}
+    with pytest.raises(ValueError, match=reason):
+        main(with_output(arguments, undisturbed, refused))
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_eval_only_exports_the_newest_checkpoint(arguments: list[str], undisturbed: Path) -> None:
     exported = teacher(undisturbed)
     (undisturbed / "teacher_checkpoint.pth").unlink()
