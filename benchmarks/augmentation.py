@@ -1,33 +1,26 @@
-"""Images per second and core of the multi-crop augmentation, as a Markdown table.
+"""Images per second and core of the multi-crop augmentation, beside a pipeline in plain torchvision transforms on PIL.
 
-    python -m benchmarks.augmentation [--rounds 40] [--width 500] [--height 375] [--device]
-
-Compared are our paths `pil` and `tensor` with a pipeline written out in plain torchvision transforms on PIL images: 2
-crops of 224 px and 8 of 96 px from one JPEG, decoding included, one thread. Measured is the processor time of this
-process, one image each in turn, so that a change of the machine's load meets all alike; reported is the median.
-
-With `--device`, also batches of 32 images whose distortions are left to the default device.
+2 crops of 224 px and 8 of 96 px from one JPEG, decoding included, one thread. Measured is the processor time of this
+process, one image each in turn, so that a change of the machine's load meets all alike. The path `device` does the
+distortions in batches: what its workers do before that counts for one core, the rest is a row of its own.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from io import BytesIO
-from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-import torchvision
 from PIL import Image
-from PIL import __version__ as pillow_version
 from torchvision.transforms import v2
 
+from benchmarks.frame.bench import Bench
+from benchmarks.frame.measure import synchronize
 from dinov3.data import DataAugmentationDINO, MaskingGenerator, collate_data_and_cast
 from dinov3.data.datasets.decoders import EncodedImage
 from dinov3.data.device_augmentation import DeviceAugmentation
-from dinov3.utils.device import default_device
 
+TABLE = "multi-crop data pipeline"
 CROPS: dict[str, Any] = {
     "global_crops_scale": (0.32, 1.0),
     "local_crops_scale": (0.05, 0.32),
@@ -73,71 +66,49 @@ def plain_pipeline() -> Callable[[Image.Image], list[torch.Tensor]]:
     return lambda image: [chain(image) for chain in chains]
 
 
-def measure(paths: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of processor time of each, taken in turn on equal random numbers."""
-    times: dict[str, list[float]] = {name: [] for name in paths}
-    for seed in range(-2, rounds):
-        for name, run in paths.items():
-            torch.manual_seed(seed + 2)
-            start = time.process_time()
-            run()
-            if seed >= 0:
-                times[name].append(time.process_time() - start)
-    return {name: median(values) for name, values in times.items()}
-
-
-def device_rate(data: bytes, rounds: int, batch_size: int = 32) -> tuple[float, float]:
-    """Images/s of the batched distortions, and images/s and core of what workers do before that."""
+def device_rates(data: bytes, rounds: int, device: torch.device, batch_size: int) -> tuple[list[float], list[float]]:
+    """Images/s and core of what workers do, and images/s of the batched distortions, in each round."""
     augment = DataAugmentationDINO(**CROPS, augmentation="device")
-    finish = DeviceAugmentation(augment, device=default_device(), dtype=torch.float32)
+    finish = DeviceAugmentation(augment, device=device, dtype=torch.float32)
     before, after = [], []
     for _ in range(rounds):
         start = time.process_time()
         samples = [(augment(EncodedImage(data)), ()) for _ in range(batch_size)]
-        before.append(time.process_time() - start)
+        before.append(batch_size / (time.process_time() - start))
         batch = collate_data_and_cast(
             samples, (0.1, 0.5), 0.5, torch.float32, mask_generator=MaskingGenerator((14, 14))
         )
         start = time.perf_counter()
         finish(batch)
-        if finish.device.type != "cpu":
-            torch.accelerator.synchronize()
-        after.append(time.perf_counter() - start)
-    return batch_size / median(after), batch_size / median(before)
+        synchronize(device)
+        after.append(batch_size / (time.perf_counter() - start))
+    return before, after
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--width", type=int, default=500, help="of the JPEG in pixels")
-    parser.add_argument("--height", type=int, default=375)
-    parser.add_argument("--device", action="store_true", help="also the path `device`")
-    args = parser.parse_args()
-
+def run(bench: Bench) -> None:
+    """The paths `tensor` and `pil`, and the two halves of `device`."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    data = photograph(args.width, args.height)
+    data = photograph(500, 375)
     plain = plain_pipeline()
     pil, tensor = (DataAugmentationDINO(**CROPS, augmentation=path) for path in ("pil", "tensor"))
-    seconds = measure(
-        {
-            "plain torchvision on PIL": lambda: plain(Image.open(BytesIO(data)).convert("RGB")),
-            "pil": lambda: pil(EncodedImage(data).decode()),
-            "tensor": lambda: tensor(EncodedImage(data)),
-        },
-        args.rounds,
-    )
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {pillow_version}, ", end="")
-    print(f"NumPy {np.__version__}; {args.width} x {args.height} JPEG, median of {args.rounds} images\n")
-    print("| path | images/s per core | ratio |\n|---|---|---|")
-    slowest = seconds["plain torchvision on PIL"]
-    for name, value in seconds.items():
-        print(f"| {name} | {1 / value:.1f} | {slowest / value:.2f} |")
-    if args.device:
-        finished, prepared = device_rate(data, max(args.rounds // 10, 3))
-        print(
-            f"\ndevice ({default_device()}): workers {prepared:.1f} images/s per core, device {finished:.1f} images/s"
+    paths = {"tensor": lambda: tensor(EncodedImage(data)), "pil": lambda: pil(EncodedImage(data).decode())}
+    for path, ours in paths.items():
+        bench.time(
+            f"augmentation, {path}, per core",
+            {
+                "ours": lambda ours=ours: ours,  # type: ignore[misc]
+                "torchvision on PIL": lambda: lambda: plain(Image.open(BytesIO(data)).convert("RGB")),
+            },
+            table=TABLE,
+            target=2.0 if path == "tensor" else None,
+            items=1,
+            rounds=(20, 200),
+            before=torch.manual_seed,
+            clock=time.process_time,
         )
-
-
-if __name__ == "__main__":
-    main()
+    torch.set_num_threads(threads)
+    names = ("augmentation, device: workers, per core", "augmentation, device: batched distortions")
+    if any(bench.wants(name) for name in names):
+        for name, rates in zip(names, device_rates(data, 3, bench.device, 8 if bench.quick else 32), strict=True):
+            bench.record(name, {"ours": rates}, table=TABLE, unit="images/s")

@@ -1,26 +1,21 @@
-"""Deformable attention beside the usual fallback, a loop over levels with `grid_sample`, as a Markdown table.
+"""Deformable attention beside the usual fallback, a loop over levels with `grid_sample`.
 
-    python -m benchmarks.deformable_attention [--rounds 9] [--sizes adapter-S,pixel-2048]
-
-Forward, and forward with backward, of the core, on the accelerator if there is one, else on the CPU with as many
-threads as torch takes. Both get the same tensors, in turns, so that a change of the machine's load meets both; reported
-are medians. Queries are the cells of three scales and look around themselves, as in the adapter (one level of tokens to
-look at) and in the pixel decoder (three levels), for images of 512 pixels.
+Forward, and forward with backward, of the core. Queries are the cells of three scales and look around themselves, as in
+the adapter (one level of tokens to look at) and in the pixel decoder (three levels), for images of 512 pixels.
 """
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.frame.bench import Bench
+from benchmarks.frame.measure import Call
 from dinov3.eval.segmentation.models.utils.ms_deform_attn import ms_deform_attn_core_pytorch
 from dinov3.eval.segmentation.models.utils.reference_points import cell_centres
-from dinov3.utils.device import default_device
 
 Sizes = list[tuple[int, int]]
 Core = Callable[[Tensor, Sizes, Tensor, Tensor], Tensor]
@@ -79,44 +74,33 @@ def make_inputs(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return *inputs, torch.randn(n, shape[1], heads * dim, generator=generator).to(device)  # type: ignore[return-value]
 
 
-def times(core: Core, size: Size, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[float, float]:
-    """Seconds of forward without graph, and of forward and backward."""
+def make_call(core: Core, size: Size, inputs: tuple[Tensor, Tensor, Tensor, Tensor], backward: bool) -> Call:
+    """Forward without graph, or forward and backward."""
     value, locations, weights, grad = inputs
-    start = _now(value.device)
-    with torch.no_grad():
-        core(value, size.levels, locations, weights)
-    forward = _now(value.device)
-    torch.autograd.grad(core(value, size.levels, locations, weights), (value, locations, weights), grad)
-    return forward - start, _now(value.device) - forward
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return core(value, size.levels, locations, weights)
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        out = core(value, size.levels, locations, weights)
+        return torch.autograd.grad(out, (value, locations, weights), grad)
+
+    return forward_backward if backward else forward
 
 
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--sizes", default=",".join(SIZES), help="some of " + ", ".join(SIZES))
-    args = parser.parse_args()
-
-    device = default_device()
-    print(f"{device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads; ms\n")
-    print("| size | heads x channels | levels | loop: forward | ours | ratio | loop: with backward | ours | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    cores: list[Core] = [loop_over_levels, ms_deform_attn_core_pytorch]
-    for name in args.sizes.split(","):
-        size = SIZES[name]
-        inputs = make_inputs(size, device)
-        rounds = [[times(core, size, inputs) for core in cores] for _ in range(args.rounds + 1)][1:]
-        loop, ours = (
-            [1e3 * statistics.median(column) for column in zip(*r, strict=True)] for r in zip(*rounds, strict=True)
-        )
-        cells = [f"{loop[i]:.1f} | {ours[i]:.1f} | {loop[i] / ours[i]:.2f}" for i in range(2)]
-        print(f"| {name} | {size.heads} x {size.dim} | {len(size.levels)} | {' | '.join(cells)} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def run(bench: Bench) -> None:
+    """All sizes."""
+    for name, size in SIZES.items():
+        inputs = make_inputs(size, bench.device)
+        for backward in (False, True):
+            what = "forward and backward" if backward else "forward"
+            bench.time(
+                f"deformable attention, {name} ({size.heads} x {size.dim}), {what}",
+                {
+                    "ours": partial(make_call, ms_deform_attn_core_pytorch, size, inputs, backward),
+                    "loop over levels": partial(make_call, loop_over_levels, size, inputs, backward),
+                },
+                table="deformable attention",
+                target=1.0,
+            )

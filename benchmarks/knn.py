@@ -1,65 +1,46 @@
-"""Time and memory of the exact k-NN search, as a Markdown table.
+"""Time and memory of the exact k-NN search.
 
-    python -m benchmarks.knn [--queries 50000] [--train 200000] [--width 384] [--threads 2]
-
-Neighbours of the queries, and the vote of 10, 20, 100 and 200 of them, as `dinov3.eval.knn` finds them,
-in batches of 256 queries as they come from a data loader, and all at once. Memory is the highest resident size of the
-process beyond what it had with features and labels in memory. The first queries are compared with a search that keeps
-all similarities.
+Neighbours of the queries, and the vote of 10, 20, 100 and 200 of them, as `dinov3.eval.knn` finds them: 50,000 queries
+against 200,000 x 384 in batches of 256, as they come from a data loader, and all at once, whose memory beyond features
+and labels is held against a limit; and one batch of 2,000 beside a search that keeps all similarities, and beside the
+time of the matrix product alone. The neighbours of the first queries are compared with those of that search.
 """
 
-import argparse
-import resource
-import sys
-import threading
 import time
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks.frame.bench import Bench
+from benchmarks.frame.measure import PeakMemory, synchronize
 from dinov3.eval.knn import KnnModule
 
+TABLE = "k-NN"
 KS = (10, 20, 100, 200)
-_BATCH, _N_CHECKED, _N_CLASSES = 256, 500, 1000
+LIMIT_GB = 2.0
+PRODUCT_TARGET = 0.6
+"""On an accelerator: part of the matrix product's rate that the whole search should reach."""
+_N_QUERIES, _N_TRAIN, _WIDTH = 50_000, 200_000, 384
+_BATCH, _N_CHECKED, _N_AT_ONCE, _N_CLASSES, _TEMPERATURE = 256, 500, 2000, 1000, 0.07
 
 
-def make_features(count: int, width: int, generator: torch.Generator) -> Tensor:
+def make_features(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Unit vectors, float32 `[n, D]`."""
-    features = torch.empty(count, width)
+    features = torch.empty(count, _WIDTH)
     for block in features.split(10_000):
         block.copy_(normalize(torch.randn(block.shape, generator=generator), dim=1))
-    return features
+    return features.to(device)
 
 
-class PeakMemory:
-    """The highest resident size of this process while a block runs, beyond that at its start [bytes]."""
-
-    def __enter__(self) -> "PeakMemory":
-        self._start = self._peak = _resident()
-        self._running = True
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._running = False
-        self._thread.join()
-        self.bytes = self._peak - self._start
-
-    def _watch(self) -> None:
-        while self._running:
-            self._peak = max(self._peak, _resident())
-            time.sleep(0.005)
-
-
-def _resident() -> int:
-    status = Path("/proc/self/statm")
-    if status.exists():
-        return int(status.read_text().split()[1]) * resource.getpagesize()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def plain_search(queries: Tensor, train: Tensor, labels: Tensor) -> dict[int, Tensor]:
+    """The votes, with all similarities in memory."""
+    similarities, indices = (queries @ train.T).topk(max(KS), dim=1)
+    weights = torch.softmax(similarities / _TEMPERATURE, dim=1)
+    found = labels[indices]
+    votes = weights.new_zeros(len(KS), len(queries), _N_CLASSES)
+    return {k: votes[i].scatter_add_(1, found[:, :k], weights[:, :k]) for i, k in enumerate(KS)}
 
 
 def check(knn: KnnModule, queries: Tensor, train: Tensor) -> None:
@@ -69,30 +50,56 @@ def check(knn: KnnModule, queries: Tensor, train: Tensor) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=int, default=50_000)
-    parser.add_argument("--train", type=int, default=200_000)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-
-    torch.set_num_threads(args.threads)
+def run(bench: Bench) -> None:
+    """Memory and time of the whole search; time of one batch."""
+    n_train, n_queries = (20_000, 5_000) if bench.quick else (_N_TRAIN, _N_QUERIES)
     generator = torch.Generator().manual_seed(0)
-    train, queries = (make_features(n, args.width, generator) for n in (args.train, args.queries))
-    labels = torch.randint(_N_CLASSES, (args.train,), generator=generator)
-    knn = KnnModule(train_features=train, train_labels=labels, device="cpu", ks=KS, T=0.07, num_classes=_N_CLASSES)
+    train, queries = (make_features(n, generator, bench.device) for n in (n_train, n_queries))
+    labels = torch.randint(_N_CLASSES, (n_train,), generator=generator).to(bench.device)
+    device = str(bench.device)
+    knn = KnnModule(
+        train_features=train, train_labels=labels, device=device, ks=KS, T=_TEMPERATURE, num_classes=_N_CLASSES
+    )
     check(knn, queries[:_N_CHECKED], train)
-    print(f"torch {torch.__version__}, {args.threads} threads: {args.queries} queries, {args.train} x {args.width}\n")
-    print("| queries at a time | time, s | queries/s | peak memory beyond the features, GB |\n|---|---|---|---|")
-    for size in (_BATCH, args.queries):
-        start = time.perf_counter()
-        with PeakMemory() as memory, torch.no_grad():
-            for block in queries.split(size):
-                knn(block)
-        seconds = time.perf_counter() - start
-        print(f"| {size} | {seconds:.1f} | {args.queries / seconds:.0f} | {memory.bytes / 1e9:.2f} |", flush=True)
+    for size in (_BATCH, n_queries):
+        name = f"k-NN, {n_queries} queries, {size} at a time, {n_train} x {_WIDTH}"
+        if bench.wants(f"{name}: memory") or bench.wants(f"{name}: time"):
+            seconds, gigabytes = search_all(knn, queries.split(size), bench.device)
+            limit = {"ours": [gigabytes], f"limit of {LIMIT_GB:g} GB": [LIMIT_GB]}
+            bench.record(f"{name}: memory", limit, table=TABLE, unit="GB", target=1.0)
+            bench.record(f"{name}: time", {"ours": [n_queries / seconds]}, table=TABLE, unit="queries/s")
+    block = queries[:_N_AT_ONCE]
+    bench.time(
+        f"k-NN, a batch of {len(block)}, {n_train} x {_WIDTH}",
+        {"ours": lambda: partial(knn, block), "all similarities": lambda: partial(plain_search, block, train, labels)},
+        table=TABLE,
+        target=1.0,
+    )
+    bench.time(
+        f"k-NN, a batch of {len(block)}, {n_train} x {_WIDTH}, beside its matrix product",
+        {"ours": lambda: partial(knn, block), "the matrix product alone": lambda: partial(product, block, train)},
+        table=TABLE,
+        target=None if bench.device.type == "cpu" else PRODUCT_TARGET,
+    )
 
 
-if __name__ == "__main__":
-    main()
+def product(queries: Tensor, train: Tensor) -> None:
+    """The similarities, in blocks that are let go."""
+    for block in train.split(20_000):
+        queries @ block.T
+
+
+def search_all(knn: KnnModule, batches: tuple[Tensor, ...], device: torch.device) -> tuple[float, float]:
+    """Seconds, and the peak of memory [GB] beyond what was held before."""
+    start = time.perf_counter()
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+    with PeakMemory() as memory, torch.no_grad():
+        for batch in batches:
+            knn(batch)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    if device.type != "cpu":
+        return seconds, (torch.accelerator.max_memory_allocated() - before) / 1e9
+    return seconds, memory.bytes / 1e9

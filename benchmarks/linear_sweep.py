@@ -1,29 +1,23 @@
-"""Milliseconds per iteration of the linear evaluation's sweep, as a Markdown table.
-
-    python -m benchmarks.linear_sweep [--rounds 40] [--threads 1]
+"""Milliseconds per iteration of the linear evaluation's sweep as one product, beside one module per classifier.
 
 Compared are all heads of a sweep, 13 learning rates times 4, as `dinov3.eval.linear` trains them, and one `nn.Linear`
 per head in plain PyTorch: input made of the tokens, mean cross-entropy summed over the heads, gradients, SGD with
-momentum and the cosine schedule. The two take turns on equal batches, so that a change of the machine's load meets both
-alike; reported is the median. The losses must agree.
+momentum and the cosine schedule. The two get the same batch in each round; the losses must agree.
 """
 
-import argparse
-import time
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from benchmarks.frame.bench import Bench
 from dinov3.eval.linear import OptimizerType, SchedulerType, TrainConfig
 from dinov3.eval.linear_heads import create_linear_input, setup_linear_classifiers
-from dinov3.utils.device import default_device
 
-SIZES = ((384, 10, 64), (768, 100, 128), (768, 1000, 128))
-"""Width of the heads' input, classes, batch."""
-BARS = {(384, 10, 64): 4.0, (768, 100, 128): 1.3, (768, 1000, 128): 1.0}
+TARGETS = {(384, 10, 64): (4.0, None), (768, 100, 128): (1.3, None), (768, 1000, 128): (1.0, 8.0)}
+"""Ratios wanted on a CPU and on an accelerator, by width of the heads' input, classes, batch."""
 _N_HEADS = 4
 _ITERATIONS = 10_000  # of the schedule
 
@@ -31,13 +25,12 @@ Tokens = list[tuple[Tensor, Tensor]]
 Step = Callable[[Tokens, Tensor], Tensor]
 
 
-def make_steps(width: int, classes: int, batch: int) -> tuple[Step, Step]:
+def make_steps(width: int, classes: int, batch: int, device: torch.device) -> tuple[Step, Step]:
     """One training step of this package and one of plain PyTorch, from the same weights."""
     torch.manual_seed(0)
-    device = default_device()
     rates = TrainConfig().learning_rates
     heads, groups = setup_linear_classifiers(
-        make_batch(width, classes, batch)[0], [1] * _N_HEADS, rates, batch, classes, world_size=1
+        make_batch(width, classes, batch, device)[0], [1] * _N_HEADS, rates, batch, classes, world_size=1
     )
     modules = [nn.Linear(width, classes, device=device) for _ in groups]
     for module, weight, bias in zip(modules, *[iter(heads.state_dict().values())] * 2, strict=True):
@@ -70,49 +63,26 @@ def make_steps(width: int, classes: int, batch: int) -> tuple[Step, Step]:
     return ours, theirs
 
 
-def make_batch(width: int, classes: int, batch: int) -> tuple[Tokens, Tensor]:
+def make_batch(width: int, classes: int, batch: int, device: torch.device) -> tuple[Tokens, Tensor]:
     """Tokens of one layer, one patch each: the heads are measured, not the pooling. Labels."""
-    device = default_device()
     tokens = [(torch.randn(batch, 1, width // 2, device=device), torch.randn(batch, width // 2, device=device))]
     return tokens, torch.randint(classes, (batch,), device=device)
 
 
-def measure(size: tuple[int, int, int], rounds: int) -> tuple[float, float]:
-    """Median seconds per iteration, ours and theirs."""
-    steps = make_steps(*size)
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds + 2):  # two to warm up
-        tokens, labels = make_batch(*size)
-        losses = []
-        for step, times in zip(steps, seconds, strict=True):
-            _wait()
-            start = time.perf_counter()
-            losses.append(step(tokens, labels))
-            _wait()
-            times.append(time.perf_counter() - start)
-        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-    return median(seconds[0][2:]), median(seconds[1][2:])
-
-
-def _wait() -> None:
-    if default_device().type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40, help="iterations of the smallest size; a tenth of the others")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-
-    torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {default_device()}, {args.threads} threads, {13 * _N_HEADS} heads\n")
-    print("| width / classes / batch | one by one, ms | as one product, ms | ratio | wanted |\n|---|---|---|---|---|")
-    for size in SIZES:
-        ours, theirs = measure(size, args.rounds if size == SIZES[0] else max(args.rounds // 10, 5))
-        name = " / ".join(map(str, size))
-        print(f"| {name} | {1e3 * theirs:.1f} | {1e3 * ours:.1f} | {theirs / ours:.2f} | {BARS[size]} |")
-
-
-if __name__ == "__main__":
-    main()
+def run(bench: Bench) -> None:
+    """The three sizes."""
+    for size, targets in TARGETS.items():
+        name = "linear sweep, width {}, {} classes, batch {}".format(*size)
+        if not bench.wants(name):
+            continue
+        steps = dict(zip(("ours", "one module per head"), make_steps(*size, bench.device), strict=True))
+        for seed in range(3):
+            torch.manual_seed(seed)
+            tokens, labels = make_batch(*size, bench.device)
+            torch.testing.assert_close(*(step(tokens, labels) for step in steps.values()), rtol=1e-5, atol=0)
+        bench.time(
+            name,
+            {label: partial(partial, step, tokens, labels) for label, step in steps.items()},
+            table="linear sweep, 52 heads, per iteration",
+            target=targets[bench.device.type != "cpu"],
+        )

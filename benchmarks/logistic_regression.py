@@ -1,19 +1,15 @@
-"""Seconds per fit of the logistic regression beside scikit-learn's lbfgs, as a Markdown table.
-
-    python -m benchmarks.logistic_regression [--every 11] [--threads 1] [--samples 20000] [--width 384] [--classes 100]
+"""Seconds per fit of the logistic regression beside scikit-learn's lbfgs.
 
 Both solve the problem of `dinov3.eval.logistic` to the same objective, at most one part in a million above the optimum:
 scikit-learn gets, for each C, the loosest tolerance of 1e-4, 1e-5, ... that leads there, and only that fit is timed;
-ours gets one tolerance for all C, and the table shows how far above the optimum it ends. The sweep runs over the
-evaluation's 45 values of C, ours with warm starts, as the evaluation does it; scikit-learn, which is not given any, is
-timed for every `--every`-th value, and the sum is scaled up. After the evaluation's 1000 iterations scikit-learn is
-stopped, however far it has got; such times are marked with >.
+ours gets one tolerance for all C. The sweep runs over the evaluation's 45 values of C, ours with warm starts, as the
+evaluation does it; scikit-learn, which is not given any, is timed for every 11th value, and the sum is scaled up. After
+the evaluation's 1000 iterations scikit-learn is stopped, however far it has got: its time is then less than needed.
 
 The features are Gaussian clusters in a space whose directions differ in spread, as those of images do, and a tenth of
 the labels is wrong, so that the classes can't be told apart without error.
 """
 
-import argparse
 import logging
 import math
 import time
@@ -25,10 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks.frame.bench import Bench
 from dinov3.eval.log_regression import C_POWER_RANGE
 from dinov3.eval.logistic import LogisticModel, LogisticRegression, SklearnLogisticRegression
 
+TABLE = "logistic regression"
 _GAP = 1e-6  # relative, above the optimum
+_TOLERANCE = 1e-9  # of ours
 _MAX_ITERATIONS = 1000
 
 
@@ -100,77 +99,79 @@ class Warnings(logging.Handler):
         logging.getLogger("dinov3").removeHandler(self)
 
 
-def compare(features: Tensor, labels: Tensor, values: Sequence[float], every: int, tolerance: float) -> None:
-    start = time.perf_counter()
-    problem = LogisticRegression(features, labels)
-    setup = time.perf_counter() - start
-    sklearn = SklearnLogisticRegression(features, labels)
+class Problem:
+    """The two solvers on one set of features; the setup of ours is part of its first fit."""
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.features, self.labels = features, labels
+        start = time.perf_counter()
+        self._ours = LogisticRegression(features, labels)
+        self.setup_s = time.perf_counter() - start
+        self._sklearn = SklearnLogisticRegression(features.cpu(), labels.cpu())
+
+    def ours(self, C: float, tolerance: float = _TOLERANCE, start: LogisticModel | None = None) -> Fit:
+        """One fit of ours."""
+        fit = partial(self._ours.fit, C, max_iterations=_MAX_ITERATIONS, start=start)
+        return timed(lambda tolerance: fit(tolerance=tolerance), tolerance)
+
+    def best(self, C: float, start: LogisticModel) -> float:
+        """The objective at the optimum."""
+        return self.objective(self.ours(C, 1e-12, start).model, C)
+
+    def theirs(self, C: float, best: float, loosest: int) -> Fit:
+        """The fit of scikit-learn that ends within the gap."""
+        fit = partial(self._sklearn.fit, C, max_iterations=_MAX_ITERATIONS)
+        return fit_to_gap(lambda tolerance: fit(tolerance=tolerance), partial(self.objective, C=C), best, loosest)
+
+    def objective(self, model: LogisticModel, C: float) -> float:
+        """See `objective`."""
+        return objective(model, self.features.cpu(), self.labels.cpu(), C)
+
+    def check(self, fit: Fit, C: float, best: float) -> None:
+        """Raise if a fit of ours ends further above the optimum than allowed."""
+        gap = self.objective(fit.model, C) / best - 1
+        if gap > _GAP:
+            raise RuntimeError(f"C={C}: ours ended {gap:.1e} above the optimum, more than {_GAP:.0e}")
+
+
+def run(bench: Bench) -> None:
+    """The sweep, its single values, and one value alone."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    samples, width, classes = (2000, 64, 10) if bench.quick else (20_000, 384, 100)
+    where = f"{samples} x {width}, {classes} classes"
+    names = {what: f"logistic regression, {where}, {what}" for what in ("sweep of 45 values of C", "one fit")}
+    if not any(bench.wants(name) for name in names.values()):
+        return
+    with threadpool_limits(bench.threads):
+        features, labels = (x.to(bench.device) for x in make_data(samples, width, classes))
+        single, sweep = compare(Problem(features, labels), (10**C_POWER_RANGE).tolist(), every=11)
+    for (name, target), (ours, theirs) in zip(
+        ((names["one fit"], 2.0), (names["sweep of 45 values of C"], 5.0)), (single, sweep), strict=True
+    ):
+        bench.record(name, {"ours": [ours], "scikit-learn": [theirs]}, table=TABLE, unit="s", target=target)
+
+
+def compare(problem: Problem, values: Sequence[float], every: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Seconds of ours and of scikit-learn's: for the value in the middle alone, and for all."""
     previous: LogisticModel | None = None
-    total_ours, total_theirs, loosest = setup, 0.0, 4
-    print(
-        "| C | objective | scikit-learn, s (tolerance) | ours, s (above the optimum) | ratio |\n|---|---|---|---|---|"
-    )
+    total_ours, total_theirs, loosest = problem.setup_s, 0.0, 4
+    single = (0.0, 0.0)
     for i, C in enumerate(values):
-
-        def ours(tolerance: float, C: float = C, start: LogisticModel | None = previous) -> LogisticModel:
-            return problem.fit(C, tolerance=tolerance, max_iterations=_MAX_ITERATIONS, start=start)
-
-        def theirs(tolerance: float, C: float = C) -> LogisticModel:
-            return sklearn.fit(C, tolerance=tolerance, max_iterations=_MAX_ITERATIONS)
-
-        def measure(model: LogisticModel, C: float = C) -> float:
-            return objective(model, features, labels, C)
-
-        found = timed(ours, tolerance)
+        found = problem.ours(C, start=previous)
         previous = found.model
         total_ours += found.seconds
         if i % every:
             continue
-        best = measure(ours(1e-12, start=found.model))
-        other = fit_to_gap(theirs, measure, best, loosest)
+        best = problem.best(C, found.model)
+        problem.check(found, C, best)
+        other = problem.theirs(C, best, loosest)
         loosest = round(-math.log10(other.tolerance))
         total_theirs += other.seconds * min(every, len(values) - i)
-        _print_row(f"{C:.3g}", best, other, found, measure(found.model))
+        more = "more than " if other.unfinished else ""
+        print(f"    C={C:.3g}: ours {found.seconds:.2f} s, scikit-learn {more}{other.seconds:.2f} s", flush=True)
         if i == len(values) // 2 // every * every:
-            alone = timed(partial(ours, start=None), tolerance)
-            alone = alone._replace(seconds=alone.seconds + setup)
-            _print_row(f"{C:.3g}, alone", best, other, alone, measure(alone.model))
-    print(f"| sweep of 45 | | {total_theirs:.1f} | {total_ours:.1f} | {total_theirs / total_ours:.1f} |")
-
-
-def _print_row(name: str, best: float, theirs: Fit, ours: Fit, reached: float) -> None:
-    gap = reached / best - 1
-    if gap > _GAP:
-        raise RuntimeError(f"C={name}: ours ended {gap:.1e} above the optimum: use a smaller --tolerance")
-    more = "> " if theirs.unfinished else ""
-    cells = f"{more}{theirs.seconds:.2f} ({theirs.tolerance:.0e}) | {ours.seconds:.2f} ({max(gap, 0.0):.0e})"
-    print(f"| {name} | {best:.6f} | {cells} | {more}{theirs.seconds / ours.seconds:.1f} |", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", type=int, default=11, help="1: scikit-learn fits all 45 values")
-    parser.add_argument("--tolerance", type=float, default=1e-9, help="of ours")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=20_000)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--classes", type=int, default=100)
-    args = parser.parse_args()
-
-    import sklearn
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, {args.threads} threads, ", end="")
-    print(f"{args.samples} x {args.width}, {args.classes} classes\n")
-    with threadpool_limits(args.threads):
-        compare(
-            *make_data(args.samples, args.width, args.classes),
-            values=(10**C_POWER_RANGE).tolist(),
-            every=args.every,
-            tolerance=args.tolerance,
-        )
-
-
-if __name__ == "__main__":
-    main()
+            alone = problem.ours(C)
+            problem.check(alone, C, best)
+            single = (problem.setup_s + alone.seconds, other.seconds)
+    return single, (total_ours, total_theirs)

@@ -1,6 +1,6 @@
 """Parameters and floating-point operations of the hub's backbones: the table of MODEL_CARD.md.
 
-    python -m benchmarks.model_card
+    python -m benchmarks model_card
 
 Operations are those of matrix products and convolutions for one image, a multiply-add counted as two, as fvcore counts
 them in the traced forward pass. Vision transformers are traced with one and two blocks: all blocks are alike.
@@ -13,6 +13,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 
+from benchmarks.frame.bench import Bench
 from dinov3.hub.backbones import Weights
 from dinov3.hub.loading import load_backbone
 from dinov3.hub.registry import BACKBONES
@@ -43,7 +44,7 @@ def gflops(name: str, side: int) -> float:
     """10^9 operations of the forward pass of one square image."""
     if name.startswith("dinov3_convnext"):
         return _gflops(name, side)
-    depth = load_backbone(name, pretrained=False, device="meta").n_blocks
+    depth: int = load_backbone(name, pretrained=False, device="meta").n_blocks  # type: ignore[assignment]
     one, two = _gflops(name, side, depth=1), _gflops(name, side, depth=2)
     return one + (depth - 1) * (two - one)
 
@@ -54,7 +55,7 @@ def _gflops(name: str, side: int, **options: Any) -> float:
         analysis = FlopCountAnalysis(model, torch.zeros(1, 3, side, side))
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        return 2 * sum(count for kind, count in analysis.by_operator().items() if kind in _COUNTED) / 1e9
+        return float(2 * sum(count for kind, count in analysis.by_operator().items() if kind in _COUNTED) / 1e9)
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> int:
@@ -73,5 +74,6 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-if __name__ == "__main__":
+def run(_: Bench) -> None:
+    """Print the table: it belongs to MODEL_CARD.md and is counted, not measured."""
     print(table())

@@ -63,7 +63,7 @@ class Bench:
         items: int | None = None,
         expected_s: float | None = None,
         rounds: tuple[int, int] = (5, 100),
-        before: Callable[[int], None] | None = None,
+        before: Callable[[int], object] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         **labels: Any,
     ) -> Row | None:

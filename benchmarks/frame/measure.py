@@ -31,7 +31,7 @@ def time_in_turns(
     device: torch.device,
     seconds: float,
     rounds: tuple[int, int],
-    before: Callable[[int], None] | None = None,
+    before: Callable[[int], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round.
