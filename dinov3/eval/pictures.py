@@ -130,7 +130,7 @@ def draw_boxes(
     labels: Sequence[str] | None = None,
     colours: Sequence[Sequence[int]] | None = None,
 ) -> np.ndarray:
-    """Boxes over an image, each with its label, uint8 [H, W, 3].
+    """Boxes over an image, each with its label above it (inside, where there is no room), uint8 [H, W, 3].
 
     Args:
         image: uint8 [H, W, 3].
@@ -149,9 +149,11 @@ def draw_boxes(
         left, top, right, bottom = (float(value) for value in box)
         draw.rectangle((left, top, max(right, left), max(bottom, top)), outline=fill, width=width)
         if labels is not None:
-            place = draw.textbbox((left, top), labels[i])
-            draw.rectangle(place, fill=fill)
-            draw.text((left, top), labels[i], fill=(0, 0, 0) if sum(fill) > 380 else (255, 255, 255))
+            _, _, text_width, text_height = draw.textbbox((0, 0), labels[i])
+            x = max(min(left, canvas.width - text_width), 0.0)
+            y = top - text_height if top >= text_height else top
+            draw.rectangle((x, y, x + text_width, y + text_height), fill=fill)
+            draw.text((x, y), labels[i], fill=(0, 0, 0) if sum(fill) > 380 else (255, 255, 255))
     return np.asarray(canvas)
 
 

@@ -69,6 +69,15 @@ def test_boxes_are_drawn_around_what_they_hold() -> None:
     assert not image.any()
 
 
+def test_labels_stay_in_the_picture_and_off_what_they_name() -> None:
+    image, red = np.zeros((60, 80, 3), dtype=np.uint8), [255, 0, 0]
+    above = draw_boxes(image, [(10, 30, 40, 50)], ["cat"], [red])
+    assert above[20:30].any()
+    assert not above[32:48, 12:38].any()
+    no_room = draw_boxes(image, [(60, 0, 79, 50)], ["a long name"], [red])
+    assert no_room[2:10, 0:60].any()  # moved to the left, and inside
+
+
 def test_panels_are_written_with_legend_and_bar(tmp_path: Path) -> None:
     panels = {"image": np.zeros((40, 60, 3), np.uint8), "truth": np.full((40, 60, 3), 255, np.uint8)}
     save_panels(tmp_path / "a/plain.png", panels, height_px=100)

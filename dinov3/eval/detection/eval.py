@@ -12,8 +12,16 @@ from dinov3 import distributed
 from dinov3.data.datasets import CocoDetection
 from dinov3.eval.data import short_name
 from dinov3.eval.detection.data import make_eval_loader, open_dataset
-from dinov3.eval.detection.inference import Views, detect
-from dinov3.eval.detection.metrics import Record, coco_figures, from_main_process, gather_records, records_of
+from dinov3.eval.detection.inference import Views, detect, soft_nms
+from dinov3.eval.detection.metrics import (
+    Record,
+    coco_figures,
+    detections_of,
+    from_main_process,
+    gather_records,
+    records_of,
+)
+from dinov3.eval.detection.models.processor import above
 from dinov3.eval.detection.recipe import DetectionConfig
 from dinov3.logging import MetricLogger
 from dinov3.utils.device import default_device
@@ -121,6 +129,8 @@ def draw_predictions(
 ) -> None:
     """Pictures of the first images: objects on the left, detections on the right.
 
+    Soft-NMS has lowered the scores of detections that lie upon better ones, so that things are drawn once.
+
     Args:
         folder: where `<name of the image>.png` are written.
         dataset: without transforms.
@@ -137,13 +147,18 @@ def draw_predictions(
         image, target = dataset[index]
         picture = as_picture(image)
         there = [id_of[label] for label in target["labels"].tolist()]
-        found = [r for r in records if r["image_id"] == target["image_id"] and r["score"] >= min_score]
-        labels = [f"{names[r['category_id']]} {r['score']:.2f}" for r in found]
-        boxes = [[x, y, x + width, y + height] for x, y, width, height in (r["bbox"] for r in found)]
+        own = [record for record in records if record["image_id"] == target["image_id"]]
+        found = above(soft_nms(detections_of(own), len(own)), min_score)
+        categories, scores = found["labels"].tolist(), found["scores"].tolist()
         panels = {
             "objects": draw_boxes(
                 picture, target["boxes"].tolist(), [names[c] for c in there], [colours[c] for c in there]
             ),
-            "detections": draw_boxes(picture, boxes, labels, [colours[r["category_id"]] for r in found]),
+            "detections": draw_boxes(
+                picture,
+                found["boxes"].tolist(),
+                [f"{names[c]} {score:.2f}" for c, score in zip(categories, scores, strict=True)],
+                [colours[c] for c in categories],
+            ),
         }
         save_panels(folder / Path(dataset.get_image_relpath(index)).with_suffix(".png").name, panels)

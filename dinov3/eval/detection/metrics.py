@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from copy import deepcopy
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -33,6 +34,16 @@ def records_of(image_id: int, detections: Mapping[str, Tensor], id_of: Mapping[i
         for score, label, (x0, y0, x1, y1) in zip(scores, labels, boxes, strict=True)
         if label in id_of
     ]
+
+
+def detections_of(records: Sequence[Record]) -> dict[str, Tensor]:
+    """Records of an image as `scores` `[n]`, `labels` (category ids) `[n]` and `boxes` `[n, 4]` (xyxy)."""
+    boxes = torch.tensor([record["bbox"] for record in records]).reshape(-1, 4)
+    return {
+        "scores": torch.tensor([record["score"] for record in records]),
+        "labels": torch.tensor([record["category_id"] for record in records], dtype=torch.int64),
+        "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1),
+    }
 
 
 def gather_records(records: list[Record]) -> list[Record]:

@@ -121,7 +121,7 @@ class EvalConfig:
     n_pictures: int = 8
     """How many images to draw."""
     picture_score: float = 0.3
-    """Detections below are not drawn."""
+    """Detections below, after soft-NMS, are not drawn."""
 
 
 def _default_matcher() -> dict[str, float | None]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov3.eval.detection.metrics import FIGURES, coco_figures, records_of
+from dinov3.eval.detection.metrics import FIGURES, coco_figures, detections_of, records_of
 from tests.eval.detection.toy_coco import write_toy_coco
 
 
@@ -90,3 +90,9 @@ def test_records_leave_out_what_is_no_category() -> None:
     }
     records = records_of(7, found, {1: 1_000, 3: 9})
     assert records == [{"image_id": 7, "category_id": 1_000, "bbox": [1, 2, 3, 6], "score": 0.25}]
+
+
+def test_records_and_detections_are_the_same_in_two_forms() -> None:
+    records = [{"image_id": 7, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.25}]
+    assert records_of(7, detections_of(records), {3: 3}) == records
+    assert {key: len(value) for key, value in detections_of([]).items()} == {"scores": 0, "labels": 0, "boxes": 0}

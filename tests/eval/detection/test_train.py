@@ -181,11 +181,15 @@ def test_a_head_file_makes_a_detector(toy: Path, trained: Path) -> None:
     assert model.class_names == head_file.class_names
     with Image.open(toy / "train" / "1.png") as file:
         image = file.convert("RGB")
-    found = predict.detect_image(model, image, score_threshold=0.0)
+    found = predict.detect_image(model, image, score_threshold=0.0, keep_doubles=True)
+    scores = [one["score"] for one in found]
     assert len(found) == 20
-    assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
+    assert scores == sorted(scores, reverse=True)
+    merged = predict.detect_image(model, image, score_threshold=0.0)
+    assert merged[0] == found[0]
+    assert sum(one["score"] for one in merged) < sum(scores)  # boxes lie upon each other
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    again = predict.detect_image(model, pixels, score_threshold=0.0)
+    again = predict.detect_image(model, pixels, score_threshold=0.0, keep_doubles=True)
     torch.testing.assert_close([one["box"] for one in again], [one["box"] for one in found])
     picture = predict.draw_objects(as_picture(image), found)
     assert picture.shape == (48, 64, 3)

@@ -11,6 +11,7 @@ from dinov3.checkpointer.weights import load_weights
 from dinov3.eval.detection.config import DetectionHeadConfig
 from dinov3.eval.detection.models.detr import PlainDETR, PostProcess, build_model
 from dinov3.eval.detection.transforms import IMAGENET_MEAN, IMAGENET_STD, make_eval_transform
+from dinov3.eval.detection.util.misc import NestedTensor
 
 # Where the frozen network's tensors lie in a detector's state dict, without windows and with them.
 BACKBONE_PREFIXES = ("backbone.0.backbone.", "backbone.0._backbone.backbone.")
@@ -33,6 +34,20 @@ class DetectorWithProcessor(nn.Module):
         self.detector, self.postprocessor = detector, postprocessor
         self.class_names = None if class_names is None else list(class_names)
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD  # of the images, in [0, 1]
+
+    graph_fixes_size = True
+    """Windows and proposals of an exported graph are those of one size of images."""
+
+    def graph_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """What an exported graph gives for images of one size `[B, 3, H, W]`.
+
+        `scores` `[B, topk]`, descending, `labels` `[B, topk]`, and `boxes` `[B, topk, 4]`, xyxy in pixels.
+        """
+        n, _, height, width = images.shape
+        padding = torch.zeros((n, height, width), dtype=torch.bool, device=images.device)
+        sizes = torch.tensor([[height, width]], device=images.device).expand(n, -1)
+        found = cast(PostProcess, self.postprocessor).best(self.detector(NestedTensor(images, padding)), sizes)
+        return dict(zip(("scores", "labels", "boxes"), found, strict=True))
 
     def make_transform(self, short_side: int = 2048, max_size: int | None = None) -> Any:
         """A transform from an image (PIL, or uint8 tensor `[3, H, W]`) to the normalised `[3, H, W]` to detect in.
@@ -75,8 +90,14 @@ class DetectorWithProcessor(nn.Module):
                 for one, size, original in zip(detections, sizes.tolist(), original_sizes, strict=True)
             ]
         if score_threshold is not None:
-            detections = [{k: v[one["scores"] >= score_threshold] for k, v in one.items()} for one in detections]
+            detections = [above(one, score_threshold) for one in detections]
         return detections
+
+
+def above(detections: dict[str, Tensor], score: float) -> dict[str, Tensor]:
+    """The detections whose scores are not below a threshold."""
+    keep = detections["scores"] >= score
+    return {key: value[keep] for key, value in detections.items()}
 
 
 def _scaled(one: dict[str, Tensor], size: list[int], original: tuple[int, int]) -> dict[str, Tensor]:
