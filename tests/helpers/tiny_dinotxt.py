@@ -61,7 +61,11 @@ def tiny_dinotxt(**config: Any) -> DINOTxt:
 
 
 def small_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[Files, DINOTxt]:
-    """Put small towers into the hub's dino.txt entry and its backbone; returns files, and the model in them."""
+    """Put small towers into the hub's dino.txt entry and its backbone; returns files, and the model in them.
+
+    Replaced are the sizes of both towers, the network behind the name of the backbone, and the vocabulary that is found
+    by default, as the released one is not part of this package; the entry itself runs as it is.
+    """
     model = tiny_dinotxt()
     state = model.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
