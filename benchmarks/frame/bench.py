@@ -12,15 +12,15 @@ from benchmarks.frame import machine
 from benchmarks.frame.measure import Maker, peak_memory, synchronize, time_in_turns
 from benchmarks.frame.results import Row, merge, read_rows, summarise, write_rows
 
-LIMIT_S = 20.0
-"""Points whose call takes longer than this are left out."""
-
 
 class Bench:
     """Measures points in turns; each row is printed and merged into the results at once.
 
     The first entry of `makers` is called "ours", the others by their names; the ratio is against the best of them.
     """
+
+    limit_s = 20.0
+    """Points whose call takes longer than this are left out."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Bench:
         makers: Mapping[str, Maker],
         *,
         table: str,
-        target: float | None = None,
+        target: float | Callable[[], float] | None = None,
         items: int | None = None,
         expected_s: float | None = None,
         rounds: tuple[int, int] = (5, 100),
@@ -73,7 +73,7 @@ class Bench:
             name: of the row; it belongs to this point alone.
             makers: functions that build what is needed and return the function to measure; "ours" is one of them.
             table: the row stands in.
-            target: the ratio that is wanted.
+            target: the ratio that is wanted, or what finds it if the point is measured.
             items: images that one call takes: the row says images/s then, not ms.
             expected_s: of one call, if known beforehand.
             rounds: fewest (at most 3 if a call takes more than 4 s) and most; within them, as many as fit in `seconds`.
@@ -81,11 +81,11 @@ class Bench:
             labels: further fields of the row: `series`, `x`.
 
         Returns:
-            The row; None if the point is not wanted, or takes more than `LIMIT_S` for one call.
+            The row; None if the point is not wanted, or takes more than `limit_s` for one call.
         """
         if not self.wants(name):
             return None
-        if expected_s is not None and expected_s > LIMIT_S:
+        if expected_s is not None and expected_s > self.limit_s:
             self._skip(name, expected_s)
             return None
         calls = {label: maker() for label, maker in makers.items()}
@@ -95,7 +95,7 @@ class Bench:
         calls["ours"]()
         synchronize(self.device)
         first_s = time.perf_counter() - start
-        if first_s > 1.5 * LIMIT_S:  # a first call is slower than others
+        if first_s > 1.5 * self.limit_s:  # a first call is slower than others
             self._skip(name, first_s)
             return None
         times = time_in_turns(
@@ -106,6 +106,8 @@ class Bench:
             before=before,
             clock=clock,
         )
+        if callable(target):
+            target = target()
         if items is None:
             values = {label: [1e3 * t for t in taken] for label, taken in times.items()}
             return self._keep(name, table, target, "ms", values, **labels)
