@@ -166,6 +166,13 @@ class PostProcess(nn.Module):
         Returns:
             For each image `scores` `[topk]`, descending, `labels` `[topk]` and `boxes` `[topk, 4]`, xyxy in pixels.
         """
+        columns = zip(*self.best(outputs, target_sizes, original_target_sizes), strict=True)
+        return [{"scores": scores, "labels": labels, "boxes": boxes} for scores, labels, boxes in columns]
+
+    def best(
+        self, outputs: Mapping[str, Any], target_sizes: Tensor, original_target_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for all images together: `[B, topk]`, `[B, topk]` and `[B, topk, 4]`."""
         probabilities = outputs["pred_logits"].float().sigmoid()
         batch, n_queries, n_classes = probabilities.shape
         if target_sizes.shape != (batch, 2):
@@ -181,8 +188,7 @@ class PostProcess(nn.Module):
             if original_target_sizes is not None:
                 y, x = (original_target_sizes.to(boxes) / target_sizes.to(boxes)).unbind(1)
                 boxes = boxes * torch.stack([x, y, x, y], dim=-1)[:, None]
-        columns = zip(scores, order % n_classes, boxes, strict=True)
-        return [{"scores": s, "labels": labels, "boxes": b} for s, labels, b in columns]
+        return scores, order % n_classes, boxes
 
 
 def build_model(backbone_model: nn.Module, config: DetectionHeadConfig) -> PlainDETR:

@@ -7,6 +7,7 @@ Source: Lin et al., DETR Does Not Need Multi-Scale or Locality Design (2023), se
 """
 
 import math
+import sys
 from functools import partial
 
 import torch
@@ -126,6 +127,8 @@ class GlobalCrossAttention(CrossAttention):
 
     def _chunk_size(self, batch: int, spatial_shape: tuple[int, int]) -> int:
         """Queries whose bias, with what it is made of, takes `max_bias_numbers`."""
+        if torch.compiler.is_exporting():  # the batch of a graph is open
+            return sys.maxsize
         height, width = spatial_shape
         per_query = batch * (self.num_heads * height * width + (height + width) * self.rpe_hidden_dim)
         return max(1, self.max_bias_numbers // per_query)

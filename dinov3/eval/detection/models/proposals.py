@@ -60,7 +60,7 @@ def absolute_proposals(
         x, y = _cell_centres(mask)
         size = torch.full_like(x, min_size * 2.0**level)
         levels.append(torch.stack([x * stride, y * stride, size, size], dim=-1).flatten(0, 1))
-    boxes = torch.cat(levels).expand(len(masks[0]), -1, -1)
+    boxes = torch.cat(levels).expand(masks[0].shape[0], -1, -1)
     inside = ((boxes > _MARGIN * scale) & (boxes < (1 - _MARGIN) * scale)).all(-1)
     valid = inside & ~torch.cat([mask.flatten(1) for mask in masks], dim=1)
     outside = max(masks[0].shape[-2:]) * float(strides[0])

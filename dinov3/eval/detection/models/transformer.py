@@ -146,7 +146,7 @@ class Transformer(nn.Module):
         else:
             if query_embed is None:
                 raise ValueError("query_embed is needed: without two stages queries don't come from proposals")
-            queries = self._learned(query_embed, len(memory))
+            queries = self._learned(query_embed, memory.shape[0])
         n_queries = queries.content.shape[1]
         if self_attn_mask is not None:
             self_attn_mask = self_attn_mask[:n_queries, :n_queries]
@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         if self.mixed_selection:
             if query_embed is None:
                 raise ValueError("query_embed is needed: mixed_selection takes the content of queries from there")
-            content = query_embed[:n].expand(len(boxes), -1, -1)
+            content = query_embed[:n].expand(boxes.shape[0], -1, -1)
         return Queries(content, position, boxes)
 
     def _learned(self, query_embed: Tensor, batch: int) -> Queries:

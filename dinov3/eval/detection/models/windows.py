@@ -53,11 +53,13 @@ class WindowsWrapper(nn.Module):
                 by_size.setdefault((bottom - top, right - left), []).append((i, j))
         maps: dict[tuple[int, int], Tensor] = {}
         for (height, width), places in by_size.items():
-            n_at_once = max(1, self.max_pixels // (height * width * len(images)))
+            n_at_once = len(places)
+            if not torch.compiler.is_exporting():  # the batch of a graph is open
+                n_at_once = max(1, self.max_pixels // (height * width * len(images)))
             for start in range(0, len(places), n_at_once):
                 chunk = places[start : start + n_at_once]
                 crops = [images[..., slice(*rows[i]), slice(*columns[j])] for i, j in chunk]
-                maps |= zip(chunk, self._backbone(torch.cat(crops)).split(len(images)), strict=True)
+                maps |= zip(chunk, self._backbone(torch.cat(crops)).split(images.shape[0]), strict=True)
         lines = [torch.cat([maps[i, j] for j in range(len(columns))], dim=-1) for i in range(len(rows))]
         return torch.cat(lines, dim=-2)
 
