@@ -142,18 +142,20 @@ def draw_boxes(
 
     canvas = Image.fromarray(np.ascontiguousarray(image))
     draw = ImageDraw.Draw(canvas)
-    width = max(round(min(image.shape[:2]) / 200), 1)
+    side = min(image.shape[:2])
+    width, font_size = max(round(side / 200), 1), max(side / 25, 10)
     shades = palette(len(boxes)).tolist() if colours is None else colours
     for i, (box, colour) in enumerate(zip(boxes, shades, strict=True)):
         fill = (int(colour[0]), int(colour[1]), int(colour[2]))
         left, top, right, bottom = (float(value) for value in box)
         draw.rectangle((left, top, max(right, left), max(bottom, top)), outline=fill, width=width)
         if labels is not None:
-            _, _, text_width, text_height = draw.textbbox((0, 0), labels[i])
+            _, _, text_width, text_height = draw.textbbox((0, 0), labels[i], font_size=font_size)
             x = max(min(left, canvas.width - text_width), 0.0)
             y = top - text_height if top >= text_height else top
             draw.rectangle((x, y, x + text_width, y + text_height), fill=fill)
-            draw.text((x, y), labels[i], fill=(0, 0, 0) if sum(fill) > 380 else (255, 255, 255))
+            ink = (0, 0, 0) if sum(fill) > 380 else (255, 255, 255)
+            draw.text((x, y), labels[i], fill=ink, font_size=font_size)
     return np.asarray(canvas)
 
 
