@@ -160,6 +160,16 @@ def test_values_of_the_command_line_win_over_those_of_the_file() -> None:
     assert config.decoder_head.head_kwargs == {}
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_every_configuration_says_how_it_is_run_and_what_to_expect(name: str) -> None:
+    text = (CONFIGS / name).read_text()
+    header = "".join(line.lstrip("# ") for line in text.splitlines(keepends=True) if line.startswith("#"))
+    command = header[header.index("python dinov3/eval/depth/run.py") :].split("output_dir=<OUT>")[0].split()[2:]
+    run.check_arguments([word.replace("config=dinov3/", f"config={ROOT}/dinov3/") for word in command], 1)
+    assert f"config=dinov3/eval/depth/configs/{name}" in command
+    assert "Not reproduced here" in " ".join(header.split())
+
+
 def test_help_shows_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--help"]) == 0
     shown = capsys.readouterr().out
@@ -170,7 +180,7 @@ def test_help_shows_keys(capsys: pytest.CaptureFixture[str]) -> None:
 def test_commands_of_the_documents_are_understood() -> None:
     text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/depth.md")).replace("\\\n", " ")
     commands = [line.split() for line in text.splitlines() if line.startswith("python dinov3/eval/depth/run.py")]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for words in commands:
         argv = [word.replace("config=dinov3/", f"config={ROOT}/dinov3/") for word in words[2:]]
         run.check_arguments(argv, 1)
