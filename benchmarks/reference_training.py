@@ -139,6 +139,12 @@ class Backbone(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mask_token = nn.Parameter(torch.empty(1, dim))
 
+    def reset_periods(self) -> None:
+        """Geometric periods from 1 to almost 100."""
+        periods = self.rope_embed.get_buffer("periods")
+        exponents = torch.arange(len(periods), dtype=periods.dtype) / len(periods)
+        periods.copy_(100**exponents)
+
     def forward(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
         x_list = [self._embed(x, mask) for x, mask in zip(images, masks, strict=True)]
         for block in self.blocks:
