@@ -7,7 +7,7 @@ from io import BytesIO
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _EXIF_ORIENTATION = 0x0112
 
@@ -75,7 +75,9 @@ class EncodedImage:
             with _no_warnings() if self._upright else nullcontext():
                 yield
         except Exception as error:
-            raise UndecodableImageError(f"can not decode the image: {error!r}") from error
+            # Pillow names the address of the buffer, which tells nobody anything.
+            reason = "cannot identify its format" if isinstance(error, UnidentifiedImageError) else repr(error)
+            raise UndecodableImageError(f"can not decode the image: {reason}") from error
 
 
 class ImageDataDecoder:
