@@ -21,6 +21,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from dinov3 import distributed
 from dinov3.eval.feature_files import are_feature_files
+from dinov3.eval.probe import collective_timeout
 from dinov3.eval.results import save_from_dict
 
 logger = logging.getLogger("dinov3")
@@ -49,7 +50,7 @@ def run_main(argv: Sequence[str] | None, launcher: Callable[[dict[str, Any]], An
         sys.stdout.write(f"{usage}\nKeys and defaults (??? must be given):\n\n{keys}")
         return 0
     eval_args = cli_parser(argv)
-    with job_context(output_dir=eval_args["output_dir"]):
+    with job_context(output_dir=eval_args["output_dir"], distributed_timeout=collective_timeout()):
         launcher(eval_args)
         if distributed.get_world_size() > 1:
             torch.distributed.barrier()  # the main process writes last; a job that follows must not meet it in this one

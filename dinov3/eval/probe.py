@@ -6,6 +6,7 @@ What a step is, and what is measured, belongs to the task (linear classification
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +30,30 @@ from dinov3.utils.files import atomically
 logger = logging.getLogger("dinov3")
 
 _FILE, _FINAL, _BEST = "checkpoint.pth", "final", "best"
-# Longest time without progress: an evaluation of a large validation set counts as one piece.
 _STALL_TIMEOUT_S = 2 * 3600.0
+
+
+def stall_timeout_s() -> float:
+    """Longest time without progress, in seconds: `DINOV3_STALL_TIMEOUT`, else two hours.
+
+    An evaluation of a large validation set counts as one piece.
+
+    Raises:
+        ValueError: the variable is no positive number.
+    """
+    text = os.environ.get("DINOV3_STALL_TIMEOUT") or f"{_STALL_TIMEOUT_S}"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"DINOV3_STALL_TIMEOUT={text} is no time: give a positive number of seconds")
+    return seconds
+
+
+def collective_timeout() -> timedelta:
+    """Of collectives in evaluations: long enough for the watchdog to find the reason first."""
+    return timedelta(seconds=2 * stall_timeout_s())
 
 
 class Stateful(Protocol):
@@ -186,7 +209,8 @@ def train_probe(
         drop_rows_from(metrics_file, done)
     metric_logger = MetricLogger(delimiter="  ", output_file=metrics_file)
     iterations = metric_logger.log_every(batches, 10, "Training", n_iterations=max_iter, start_iteration=done)
-    with StopRequest() as stop, Watchdog(checkpoints.folder / "heartbeats", _STALL_TIMEOUT_S) as watchdog:
+    timeout_s = stall_timeout_s()
+    with StopRequest() as stop, Watchdog(checkpoints.folder / "heartbeats", timeout_s) as watchdog:
         for iteration, batch in enumerate(iterations, start=done):
             watchdog.beat(f"computing iteration {iteration}")
             if stop.agreed():
@@ -205,10 +229,15 @@ def train_probe(
         if stop.agreed() or stop.agreed():
             checkpoints.save_regular(max_iter - 1)
             stop.leave()
-    accuracy = evaluate(max_iter)
-    if done < max_iter or not checkpoints.is_finished():
-        checkpoints.offer_best(accuracy, max_iter - 1)
-        checkpoints.finish(max_iter - 1)
+    # From here on a signal ends the process at once: there is nothing to save between two iterations.
+    with Watchdog(checkpoints.folder / "heartbeats_in_the_end", timeout_s) as watchdog:
+        watchdog.beat("evaluating in the end")
+        accuracy = evaluate(max_iter)
+        if done < max_iter or not checkpoints.is_finished():
+            checkpoints.offer_best(accuracy, max_iter - 1)
+            checkpoints.finish(max_iter - 1)
+    if distributed.get_world_size() > 1:
+        dist.barrier()  # nobody writes into the folder any more
     checkpoints.clean_up()
 
 

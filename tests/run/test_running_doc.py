@@ -87,5 +87,5 @@ def test_every_slurm_setting_exists() -> None:
     flags = set(re.findall(r"`(--slurm-\w+|--timeout|--exclude|--comment|--nodes|--ngpus|--cluster)", TEXT))
     known = {flag for flag in flags if flag in get_run_parser().format_help()}
     assert flags == known
-    cluster = (ROOT / "dinov3" / "utils" / "cluster.py").read_text()
-    assert all(name in cluster for name in re.findall(r"`(DINOV3_\w+)`", TEXT))
+    readers = "".join((ROOT / "dinov3" / file).read_text() for file in ("utils/cluster.py", "eval/probe.py"))
+    assert all(name in readers for name in re.findall(r"`\$?(DINOV3_\w+)", TEXT))

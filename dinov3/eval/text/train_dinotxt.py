@@ -39,7 +39,7 @@ from dinov3.checkpointer import (
 )
 from dinov3.configs.config import find_config_file, write_config
 from dinov3.eval.helpers import args_dict_to_dataclass, as_value_errors, cli_parser
-from dinov3.eval.probe import ProbeCheckpoints, average_gradients, train_probe
+from dinov3.eval.probe import ProbeCheckpoints, average_gradients, collective_timeout, train_probe
 from dinov3.eval.text.build_dinotxt import build_model_and_tokenizer, make_crop_transform
 from dinov3.eval.text.config import UNUSED, TextTrainConfig, check_training, model_config_of
 from dinov3.eval.text.data import make_train_loader
@@ -426,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{__doc__}\nKeys and defaults:\n\n{keys}\n")
         return 0
     config = parse(argv)
-    with job_context(output_dir=config.output_dir, seed=config.seed):
+    with job_context(output_dir=config.output_dir, seed=config.seed, distributed_timeout=collective_timeout()):
         idle = [key for key in UNUSED if getattr(config, key) != getattr(TextTrainConfig, key)]
         if idle:
             logger.warning("keys that nothing reads (accepted for old files): %s", ", ".join(idle))
