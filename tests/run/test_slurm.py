@@ -21,11 +21,13 @@ from dinov3.train.train import main as train
 from tests.helpers import tiny_training
 from tests.helpers.distributed import run_distributed
 from tests.helpers.imagenet import write_imagenet
+from tests.helpers.images import write_image_folder
 from tests.helpers.processes import find_process
 from tests.helpers.slurm import LocalSlurm, missing_commands
 from tests.helpers.source import ROOT
 from tests.helpers.tiny_training import with_output
 from tests.run.test_published_commands import EVAL_SIZES, EVALUATION, TRAINING, V1, words_of
+from tests.run.test_running_doc import COMMANDS
 from tests.train.test_end_to_end import assert_same_training
 
 pytestmark = [
@@ -96,9 +98,10 @@ def _train(argv: Sequence[str]) -> None:
 class Job:
     """A job that the launcher has put into the queue, and its folder."""
 
-    def __init__(self, cluster: LocalSlurm, folder: Path, *argv: str) -> None:
+    def __init__(self, cluster: LocalSlurm, folder: Path, *argv: str, as_printed: bool = False) -> None:
         before = set(folder.glob("*_submission.sh"))
-        assert submit([f"--output-dir={folder}", "--timeout", "30", *argv]) == 0  # a later --timeout wins
+        first = [] if as_printed else [f"--output-dir={folder}", "--timeout", "30"]  # a later --timeout wins
+        assert submit([*first, *argv]) == 0
         (script,) = set(folder.glob("*_submission.sh")) - before
         self.cluster, self.folder, self.number = cluster, folder, script.name.partition("_")[0]
 
@@ -175,6 +178,24 @@ def test_published_commands_train_on_two_nodes_and_evaluate_with_two_tasks(clust
         job = Job(cluster, out, f"dinov3/eval/{kind}.py", "--ngpus", "2", *words, *EVAL_SIZES[kind])
         assert job.finish() == "COMPLETED", job.text()
         assert (out / script.RESULTS_FILENAME).is_file()
+
+
+def test_commands_of_the_documentation_run_as_they_are_printed(
+    cluster: LocalSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of docs/running.md for a cluster, in a folder with the package and images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dinov3").symlink_to(ROOT / "dinov3")
+    write_image_folder(tmp_path / "images", classes=2, per_class=40, size=40, seed=0)
+    training, evaluation = (
+        words[3:] for words in COMMANDS if "dinov3.run.submit" in words[:3] and "local" not in words
+    )
+    job = Job(cluster, tmp_path / "runs/demo4", *training, as_printed=True)
+    (tmp_path / "runs/demo").symlink_to("demo4")  # the evaluation takes what another command has trained
+    assert job.finish() == "COMPLETED", job.text()
+    job = Job(cluster, tmp_path / "runs/demo/knn", *evaluation, as_printed=True)
+    assert job.finish() == "COMPLETED", job.text()
+    assert (tmp_path / "runs/demo/knn" / knn.RESULTS_FILENAME).is_file()
 
 
 def test_two_nodes_train_as_one(cluster: LocalSlurm, arguments: list[str], undisturbed: Path, tmp_path: Path) -> None:
