@@ -108,9 +108,13 @@ def build_model(
 
 def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Any, ...]:
     """`build_model` on the meta device, from a whole training configuration."""
+    return build_model(cfg.student, only_teacher=only_teacher, img_size=_largest_crop(cfg), device="meta")
+
+
+def _largest_crop(cfg: Any) -> int:
+    """Side of the global crops of a training configuration, of the largest ones if there are several."""
     crop_size = cfg.crops.global_crops_size
-    img_size = crop_size if isinstance(crop_size, int) else max(crop_size)
-    return build_model(cfg.student, only_teacher=only_teacher, img_size=img_size, device="meta")
+    return crop_size if isinstance(crop_size, int) else max(crop_size)
 
 
 def build_model_for_eval(
@@ -118,6 +122,8 @@ def build_model_for_eval(
     pretrained_weights: str | Path | None,
     shard_unsharded_model: bool = False,
     device: torch.device | str | None = None,
+    *,
+    fp8: bool = False,
 ) -> nn.Module:
     """The teacher backbone of a training configuration, in evaluation mode.
 
@@ -127,11 +133,14 @@ def build_model_for_eval(
             Hugging Face weights); empty or None: random weights.
         shard_unsharded_model: with a process group, spread the parameters over its processes (FSDP).
         device: where to put the model, default the accelerator if there is one.
+        fp8: compute in float8 where the configuration's training did; otherwise never.
 
     Raises:
         ValueError: the weights do not fit the configuration.
     """
-    model: nn.Module = build_model_from_cfg(config, only_teacher=True)[0]
+    model = build_backbone(config.student, img_size=_largest_crop(config), device="meta")
+    if fp8 and "vit" in config.student.arch:
+        model = init_fp8(model, config.student)
     model.to_empty(device=device or default_device())
     if pretrained_weights:
         report = load_weights(model, read_weights(pretrained_weights, like=model))

@@ -115,6 +115,19 @@ def test_for_eval_without_weights_is_random_and_usable() -> None:
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
+def test_for_eval_computes_in_float8_only_if_asked() -> None:
+    import torch._inductor.config as inductor_config
+
+    trained_in_fp8 = config(fp8_enabled=True)
+    assert not any(isinstance(m, Fp8Linear) for m in build_model_for_eval(trained_in_fp8, None, device="cpu").modules())
+    before = inductor_config.triton.multi_kernel
+    try:
+        asked = build_model_for_eval(trained_in_fp8, None, device="cpu", fp8=True)
+    finally:
+        inductor_config.triton.multi_kernel = before
+    assert isinstance(asked.blocks[0].mlp.fc1, Fp8Linear)
+
+
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # by torch 2.7 itself
 @pytest.mark.parametrize("form", ["bare", "teacher", "dcp"])
 def test_for_eval_loads_what_training_writes(form: str, tmp_path: Path) -> None:
