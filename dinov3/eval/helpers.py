@@ -205,17 +205,24 @@ def _delete(values: dict[Any, Any], path: Sequence[str]) -> None:
 
 
 def _enum_names(values: dict[Any, Any], config_dataclass: type) -> None:
-    """Write members of enums in capitals, as OmegaConf knows them."""
+    """Write members of enums by their names, as OmegaConf knows them; they may be given by value, in any case."""
     hints = get_type_hints(config_dataclass)
     for field in fields(config_dataclass):
         hint, value = hints[field.name], values.get(field.name)
         if is_dataclass(hint) and isinstance(value, dict):
             _enum_names(value, hint)  # type: ignore[arg-type]
-        elif any(isinstance(t, type) and issubclass(t, Enum) for t in (hint, *get_args(hint))):
-            if isinstance(value, str):
-                values[field.name] = value.upper()
-            elif isinstance(value, list):
-                values[field.name] = [v.upper() if isinstance(v, str) else v for v in value]
+            continue
+        enums = [t for t in (hint, *get_args(hint)) if isinstance(t, type) and issubclass(t, Enum)]
+        if enums and isinstance(value, str):
+            values[field.name] = _enum_name(enums[0], value)
+        elif enums and isinstance(value, list):
+            values[field.name] = [_enum_name(enums[0], v) if isinstance(v, str) else v for v in value]
+
+
+def _enum_name(enum: type[Enum], text: str) -> str:
+    """The name of the member with this name or value; other texts in capitals, for OmegaConf to refuse."""
+    by_value = {str(member.value).lower(): member.name for member in enum}
+    return text.upper() if text.upper() in enum.__members__ else by_value.get(text.lower(), text.upper())
 
 
 def write_config(config: Any, path: str | os.PathLike[str]) -> None:

@@ -68,6 +68,14 @@ def test_enums_by_name_in_any_case() -> None:
         _parse("train.dataset=a", "train.loss=hinge")
 
 
+def test_enums_by_value_where_it_is_not_the_name() -> None:
+    config, _ = _parse("train.dataset=a", "train.metrics=[map_voc2007,auroc]")
+    assert list(config.train.metrics) == [
+        ClassificationMetricType.MEAN_AVERAGE_PRECISION_VOC_2007,
+        ClassificationMetricType.AUROC,
+    ]
+
+
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [("train.batchsize", "train.batch_size"), ("batch_size", "train.batch_size"), ("outdir", "output_dir")],
