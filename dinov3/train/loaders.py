@@ -110,7 +110,7 @@ def build_multi_resolution_data_loader_from_cfg(
     entries = resolution_entries(cfg.crops)
     ratios = [entry["global_local_crop_pairs_ratios"] for entry in entries]
     drawn = np.bincount(choices(seed, ratios, start_iter), minlength=len(entries))
-    loaders = []
+    loaders: list[Any] = []
     for i, entry in enumerate(entries):
         one = copy.deepcopy(cfg)
         one.crops.update(entry)
@@ -120,7 +120,7 @@ def build_multi_resolution_data_loader_from_cfg(
         return loaders[0]
     return CombinedDataLoader(
         zip(loaders, ratios, strict=True),
-        batch_size=cfg.train.batch_size_per_gpu,
+        batch_size=loaders[0].batch_size,
         combining_mode=CombinedDataLoader.GLOBAL_HOMOGENEOUS,
         seed=seed,
         name="MultiResDL",

@@ -29,7 +29,7 @@ class MultiDistillationMetaArch(SSLMetaArch):
         """One iteration, see `SSLMetaArch.forward_backward`; `data` must hold `global_batch_size`."""
         batch = self.on_device(data)
         global_crops = batch["collated_global_crops"].unflatten(0, (N_GLOBAL_CROPS, -1))  # [G, B_t, 3, H, W]
-        local_crops = batch["collated_local_crops"].unflatten(0, (self.n_local_crops, -1))
+        local_crops = batch["collated_local_crops"].unflatten(0, (-1, global_crops.shape[1]))
         size = int(batch["global_batch_size"])
         metrics: Metrics = {"batch_size": float(global_crops.shape[1])}
 

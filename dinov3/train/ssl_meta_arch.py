@@ -78,7 +78,6 @@ class SSLMetaArch(MetaArch):
             _, other, _ = build_student_and_teacher(cfg)
             self.gram_teacher = nn.ModuleDict({"backbone": other["backbone"]})
 
-        self.n_local_crops: int = cfg.crops.local_crops_number
         reweighted, gram_schedule = cfg.dino.reweight_dino_local_loss, cfg.gram.loss_weight_schedule
         self.dino_local_weights = loss_weight_schedule(cfg, cfg.dino.local_loss_weight_schedule) if reweighted else None
         self.gram_weights = loss_weight_schedule(cfg, gram_schedule) if gram_schedule else None
@@ -153,7 +152,7 @@ class SSLMetaArch(MetaArch):
         self, batch: Mapping[str, Any], teacher_temp: float, iteration: int
     ) -> tuple[Tensor, Metrics]:
         global_crops = batch["collated_global_crops"].unflatten(0, (N_GLOBAL_CROPS, -1))  # [G, B, 3, H, W]
-        local_crops = batch["collated_local_crops"].unflatten(0, (self.n_local_crops, -1))  # [L, B, 3, h, w]
+        local_crops = batch["collated_local_crops"].unflatten(0, (-1, global_crops.shape[1]))  # [L, B, 3, h, w]
         masks, mask_indices = batch["collated_masks"], batch["mask_indices_list"]
         teacher_global = self.get_teacher_output(
             global_crops,

@@ -47,6 +47,12 @@ def test_a_messy_folder_is_trained_on_and_the_skipped_files_are_listed(
     assert f"{len(broken_images())} images can't be read so far" in (tmp_path / "out" / "logs" / "log.txt").read_text()
 
 
+def test_of_an_odd_number_of_local_crops_out_of_the_global_ones_the_last_is_left_out(tmp_path: Path) -> None:
+    options = ("crops.localcrops_subset_of_globalcrops=true", "crops.local_crops_number=3", "optim.epochs=1")
+    main(with_output(tiny_training.prepare(tmp_path), tmp_path / "out", *options, "train.OFFICIAL_EPOCH_LENGTH=2"))
+    assert np.isfinite(last_loss(tmp_path / "out"))
+
+
 def test_images_of_five_channels_from_weights_for_three(config: list[str], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()

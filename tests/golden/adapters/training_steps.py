@@ -209,6 +209,8 @@ def trajectory(case: str, p: Params, tmp_path: Path) -> dict[str, Any]:
     clip_order = list(model.student)
     losses, grad_norms, gram_updates_after = [], [], []
     for iteration in range(p["iterations"]):
+        if model.gram_lifecycle.loads_ema_before(iteration):
+            model.gram_load_ema_teacher()
         n_updates = run.n_gram_updates
         metrics = run.step(iteration, build_batch(cfg, p["data"], f"{case}.it{iteration}.rank0"))
         norms = {name: float(metrics.pop(f"{name}_grad_norm")) for name in clip_order}
