@@ -107,8 +107,8 @@ def run(bench: Bench) -> None:
             before=torch.manual_seed,
             clock=time.process_time,
         )
-    torch.set_num_threads(threads)
     names = ("augmentation, device: workers, per core", "augmentation, device: batched distortions")
     if any(bench.wants(name) for name in names):
         for name, rates in zip(names, device_rates(data, 3, bench.device, 8 if bench.quick else 32), strict=True):
             bench.record(name, {"ours": rates}, table=TABLE, unit="images/s")
+    torch.set_num_threads(threads)
