@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 from dinov3.data import make_dataset
 from dinov3.eval.depth import example
@@ -40,7 +42,21 @@ def test_scenes_are_written_once_and_read_back_in_metres(tmp_path: Path) -> None
     pixels, exact = example.compose(np.random.default_rng([0, 0, 1]))
     np.testing.assert_array_equal(np.asarray(image), pixels)
     np.testing.assert_allclose(depth.as_subclass(torch.Tensor)[0].numpy(), exact, atol=5.1e-4)
-    assert 0 < example.constant_guess(tmp_path / "data") < 2
+
+
+def test_guesses_that_ignore_the_image(tmp_path: Path) -> None:
+    for split, metres in (("train", (1.0, 3.0, 4.0)), ("test", (2.0, 6.0))):
+        (tmp_path / "depth" / split).mkdir(parents=True)
+        for i, depth in enumerate(metres):
+            millimetres = np.full((4, 6), 1000 * depth, dtype=np.uint16)
+            millimetres[:2] = 2000  # the upper half is the same in all scenes
+            Image.fromarray(millimetres).save(tmp_path / "depth" / split / f"{i}.png")
+    found = example.guesses(tmp_path)
+    assert found["one depth for all pixels"]["abs_rel"] == pytest.approx((0 + 0 + 0 + 2 / 3) / 4)
+    place = found["usual depth of each place"]  # 2 above, 3 below
+    assert place["abs_rel"] == pytest.approx((0 + 1 / 2 + 0 + 1 / 2) / 4)
+    assert place["a1"] == pytest.approx(1 / 2)
+    assert place["rmse"] == pytest.approx((np.sqrt(1 / 2) + np.sqrt(9 / 2)) / 2)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -57,5 +73,8 @@ def test_the_command(tmp_path: Path) -> None:
         "2",
     ]
     assert example.main(argv) == 0
+    report = (tmp_path / "report.md").read_text()
+    for name in ("one depth for all pixels", "usual depth of each place", "linear head on the backbone"):
+        assert f"| {name} | 0." in report
     assert (tmp_path / "results-depth.csv").is_file()
     assert len(list((tmp_path / "visualizations").glob("error_*.png"))) == 2
