@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.train.meta_arch import N_GLOBAL_CROPS, Metrics
@@ -103,11 +102,3 @@ class MultiDistillationMetaArch(SSLMetaArch):
                 masked_logits, teacher_temp=teacher_temp, n_masked_patches_tensor=n_masked_patches_tensor
             ),
         }
-
-    def _at_teacher_resolution(self, images: Tensor) -> Tensor:
-        """Global crops as the teacher sees them: shrunk by the resolution scale (a student with a larger stride)."""
-        scale = self.cfg.crops.teacher_to_student_resolution_scale
-        if scale == 1:
-            return images
-        size = [round(side / scale) for side in images.shape[-2:]]
-        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)

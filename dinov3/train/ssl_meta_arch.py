@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -214,7 +215,7 @@ class SSLMetaArch(MetaArch):
             [G, B, K], `cls_centered` [G, B, K] (rows sum to 1), `masked_patch_centered` [M, K of iBOT].
         """
         crops_and_samples = images.shape[:2]
-        tokens = self.teacher["backbone"](images.flatten(0, 1), is_training=True)
+        tokens = self.teacher["backbone"](self._at_teacher_resolution(images.flatten(0, 1)), is_training=True)
         cls, patches = tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]  # [G*B, D], [G*B, P, D]
         masked = patches.flatten(0, 1).index_select(0, mask_indices_list)  # [M, D]
         masked_logits = self.teacher["ibot_head"](masked)
@@ -231,6 +232,14 @@ class SSLMetaArch(MetaArch):
                 masked_logits, teacher_temp=teacher_temp, n_masked_patches_tensor=n_masked_patches_tensor
             ),
         }
+
+    def _at_teacher_resolution(self, images: Tensor) -> Tensor:
+        """Global crops as the teacher sees them: shrunk by the resolution scale (a student with a larger stride)."""
+        scale = self.cfg.crops.teacher_to_student_resolution_scale
+        if scale == 1:
+            return images
+        size = [round(side / scale) for side in images.shape[-2:]]
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
 
     def get_student_output(
         self,
