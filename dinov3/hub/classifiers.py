@@ -60,6 +60,10 @@ class LinearClassifier(nn.Module):
         scores: Tensor = self.linear_head(torch.cat([features["x_norm_clstoken"], mean_patch], dim=1))
         return scores
 
+    def graph_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """What an exported graph gives: `logits` `[B, num_classes]`."""
+        return {"logits": self(images)}
+
 
 def dinov3_vit7b16_lc(
     *,

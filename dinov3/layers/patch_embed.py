@@ -71,7 +71,7 @@ class PatchEmbed(nn.Module):
         height, width = x.shape[-2:]
         rows, columns = self.grid_size(height, width)
         kept = (rows * self.patch_size[0], columns * self.patch_size[1])
-        if kept != (height, width) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and kept != (height, width):
             log_cropping(height, width, *kept)
         tokens: Tensor = self.norm(self.proj(x).flatten(2).transpose(1, 2))  # [B, h * w, D]
         return tokens if self.flatten_embedding else tokens.reshape(x.shape[0], rows, columns, -1)

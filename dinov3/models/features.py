@@ -82,7 +82,7 @@ def pad_to_patches(
 def resize_to_patches(images: Tensor, patch_size: int) -> Tensor:
     """Images `[..., H, W]` enlarged (bilinear) to the next multiples of the patch; unchanged if they are multiples."""
     size = _round_up(images.shape[-2], images.shape[-1], patch_size)
-    if size == tuple(images.shape[-2:]):
+    if not torch.compiler.is_exporting() and size == tuple(images.shape[-2:]):  # the sizes of graphs are open
         return images
     flat = images.reshape(-1, *images.shape[-3:])
     resized = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
@@ -219,12 +219,12 @@ def frozen_features(
     protocol = cast(Backbone, backbone)
     stride = protocol.stride
     height, width = images.shape[-2:]
-    valid = images.new_ones((len(images), height // stride, width // stride), dtype=torch.bool)
+    valid = images.new_ones((images.shape[0], height // stride, width // stride), dtype=torch.bool)
     if fit == "pad":
         images, valid = pad_to_patches(images, stride)
     elif fit == "resize":
         images = resize_to_patches(images, stride)
-        valid = images.new_ones((len(images), *(side // stride for side in images.shape[-2:])), dtype=torch.bool)
+        valid = images.new_ones((images.shape[0], *(side // stride for side in images.shape[-2:])), dtype=torch.bool)
     outputs = take_layers(
         backbone,
         images,
@@ -239,7 +239,7 @@ def frozen_features(
 
 
 def _round_up(height: int, width: int, multiple: int) -> tuple[int, int]:
-    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+    return (height + multiple - 1) // multiple * multiple, (width + multiple - 1) // multiple * multiple
 
 
 def _pad_many(images: Sequence[Tensor], patch_size: int, position: str, value: float, min_cover: float) -> PaddedImages:
@@ -263,7 +263,7 @@ def _pad_to(
     rows = _cover(canvas[0], top, height, patch_size, images.device)
     columns = _cover(canvas[1], left, width, patch_size, images.device)
     valid = rows[:, None] * columns[None, :] > min_cover
-    return PaddedImages(padded, valid.expand(len(images), -1, -1))
+    return PaddedImages(padded, valid.expand(images.shape[0], -1, -1))
 
 
 def _cover(canvas: int, start: int, length: int, patch_size: int, device: torch.device) -> Tensor:

@@ -135,11 +135,21 @@ def finetune(
     return Path(out, "backbone.pth")
 
 
-def export(source: str | Path, destination: str | Path | None = None, format: str = "meta") -> Path:
-    """Write the backbone of a training, or of any weight file, in another layout; see `dinov3.run.export`."""
+def export(source: str | Path, destination: str | Path | None = None, format: str = "meta", **options: Any) -> Path:
+    """Write a backbone in another layout, or it or the model of a head file as a graph.
+
+    Args:
+        source: output folder of a training, or any weight or head file.
+        destination: file, or folder for `hf`; default: beside the source.
+        format: `meta`, `hf`, `timm`, `onnx` or `pt2`.
+        options: further options of `python -m dinov3.run.export`, such as `half=True` or `backbone_weights`.
+
+    Returns:
+        The path written.
+    """
     from dinov3.run.export import export as run_export
 
-    return run_export(str(source), None if destination is None else str(destination), format)
+    return run_export(str(source), None if destination is None else str(destination), format, **options)
 
 
 def predict(task: str, *, head: str | Path, images: Sequence[str | Path], out: str | Path, **options: Any) -> Path:

@@ -145,7 +145,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "predict": Command("Predict images with a trained head: segmentation, depth, detection.", _predict, _PREDICT),
     "export": Command(
-        "Write a backbone as .pth, safetensors, Hugging Face folder, timm.", _script("dinov3.run.export")
+        "Write a backbone for Hugging Face, timm and others; it or a head's model as ONNX.",
+        _script("dinov3.run.export"),
     ),
     "features": Command("Write the features of a folder of images to files.", _script("dinov3.eval.features")),
     "explore": Command("Write a page in which patch features can be pointed at.", _script("dinov3.run.explore")),

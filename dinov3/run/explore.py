@@ -1,6 +1,8 @@
-"""Explore page: one HTML file with pictures and their patch features inside, to be pointed at.
+r"""Explore page: one HTML file with pictures and their patch features inside, to be pointed at.
 
-    python -m dinov3.run.explore photo.jpg folder/ --output explore.html --weights backbone.pth
+    python -m dinov3.run.explore photo.jpg folder/ --model dinov3_vits16 --weights vits16.pth
+    python -m dinov3.run.explore folder/ --output runs/explore.html --config-file RUN/config.yaml \
+        --weights RUN/teacher_checkpoint.pth
 
 Pointing at a patch shows its cosine similarity to every other patch of every picture, as in the first figure of the
 DINOv3 paper. No server and no network are needed; what the page does is in `explore.html` beside this file.

@@ -1,10 +1,11 @@
-"""Export the backbone of a training, or of any weight file, for others to use.
+"""Export the backbone of a training, of any weight file, or a model with a trained head, for others to use.
 
     python -m dinov3.run.export OUT                      OUT/backbone.pth, in the layout of Meta's releases
     python -m dinov3.run.export OUT backbone.safetensors
     python -m dinov3.run.export OUT hf_folder --format hf
     python -m dinov3.run.export weights.pth timm.pth --format timm
     python -m dinov3.run.export OUT backbone.onnx --format onnx [--half]    or pt2, for torch.export.load
+    python -m dinov3.run.export HEAD head.onnx --format onnx --backbone-weights weights.pth
 
 Runs on the CPU, without a process group, whatever wrote the weights.
 """
@@ -22,7 +23,9 @@ from torch import nn
 from dinov3.checkpointer import find_latest_checkpoint
 from dinov3.checkpointer.export import FORMATS, export_backbone
 from dinov3.checkpointer.files import is_dcp
+from dinov3.checkpointer.heads import is_head_file
 from dinov3.checkpointer.weights import load_weights, read_weights
+from dinov3.hub import load_head
 from dinov3.logging import cleanup_logging, setup_logging
 from dinov3.models.graph import GRAPH_FORMATS, export_graph
 
@@ -43,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "dinov3 export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="output folder of a training, checkpoint folder, or any weight file")
+    parser.add_argument("source", help="output folder of a training, checkpoint folder, weight or head file")
     parser.add_argument("destination", nargs="?", help="file, or folder for hf (default: beside the source)")
     parser.add_argument(
         "--format", choices=(*FORMATS, *GRAPH_FORMATS), default="meta", help="layout (default: %(default)s)"
@@ -51,6 +54,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", help="which network of a training checkpoint (default: the EMA teacher)")
     parser.add_argument("--config-file", help="training configuration, for hf, onnx, pt2 (default: the training's)")
     parser.add_argument("--half", action="store_true", help="onnx and pt2: weights and products in float16")
+    parser.add_argument("--backbone-weights", help="of the backbone that a head stands on (default: the released ones)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs=2,
+        default=(224, 224),
+        metavar=("HEIGHT", "WIDTH"),
+        help="that graphs are recorded with; of any importance for detectors only, which take no other (default: 224)",
+    )
     return parser
 
 
@@ -66,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             network=args.network,
             config_file=args.config_file,
             half=args.half,
+            backbone_weights=args.backbone_weights,
+            image_size=tuple(args.image_size),
         )
     finally:
         cleanup_logging(name="dinov3")
@@ -79,28 +93,46 @@ def export(
     network: str | None = None,
     config_file: str | None = None,
     half: bool = False,
+    backbone_weights: str | None = None,
+    image_size: tuple[int, int] = (224, 224),
 ) -> Path:
-    """Write the backbone in `source` to `destination`; returns the path.
+    """Write the backbone in `source`, or as a graph the model of a head file, to `destination`; returns the path.
 
     Raises:
         FileNotFoundError: there are no weights, or no configuration where one is needed.
         ValueError: the weights can't be read or can't be written in this layout.
     """
+    if format in FORMATS and half:
+        raise ValueError(f"--half is for {' and '.join(GRAPH_FORMATS)}; got the format {format}")
+    if is_head_file(source):
+        return _export_head(source, destination, format, backbone_weights, half=half, image_size=image_size)
     folder, weights = locate(source, network)
     path = Path(destination) if destination else folder / DEFAULT_NAMES[format]
     state = read_weights(weights, network=network)
-    if format in FORMATS and half:
-        raise ValueError(f"--half is for {' and '.join(GRAPH_FORMATS)}; got the format {format}")
     if format in GRAPH_FORMATS:
         backbone, _ = build_around(state, config_file or find_config(folder))
         channels = state["patch_embed.proj.weight" if "patch_embed.proj.weight" in state else _CONVNEXT_STEM].shape[1]
-        written = export_graph(backbone, path, format, in_channels=channels, half=half)
+        written = export_graph(backbone, path, format, image_size=image_size, in_channels=channels, half=half)
     elif format == "hf":
         backbone, statistics = build_around(state, config_file or find_config(folder))
         written = export_backbone(backbone, path, format, statistics=statistics)
     else:
         written = export_backbone(state, path, format)
     logger.info("%s -> %s (%s layout, %d tensors)", weights, written, format, len(state))
+    return written
+
+
+def _export_head(
+    source: str, destination: str | None, format: str, backbone_weights: str | None, **options: Any
+) -> Path:
+    """The model of a head file on its backbone as a graph, by default beside the file."""
+    if format not in GRAPH_FORMATS:
+        raise ValueError(f"{source} is a trained head: it is written as {' or '.join(GRAPH_FORMATS)}, not as {format}")
+    file = Path(source).expanduser()
+    folder = file if file.is_dir() else file.parent
+    model = load_head(file, backbone_weights)
+    written = export_graph(model, Path(destination) if destination else folder / f"head.{format}", format, **options)
+    logger.info("%s -> %s", source, written)
     return written
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +63,18 @@ def resolve_compute_dtype(dtype: torch.dtype | str, device: torch.device | str) 
         _warn_once(dtype)
         return torch.float32
     return dtype
+
+
+def autocast_to(device: torch.device | str, dtype: torch.dtype = torch.float32) -> AbstractContextManager[Any]:
+    """Compute in `dtype` inside: under autocast, or for float32 without it, whatever there is outside.
+
+    While a graph is recorded nothing is changed: all of it is float32, and autocast would have no place in it.
+    """
+    if torch.compiler.is_exporting():
+        return nullcontext()
+    device_type = torch.device(device).type
+    lowered = resolve_compute_dtype(dtype, device_type) in (torch.bfloat16, torch.float16)
+    return torch.autocast(device_type, dtype=dtype if lowered else None, enabled=lowered)
 
 
 @functools.cache

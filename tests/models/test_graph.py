@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from dinov3.models.graph import export_graph
 from tests.helpers.backbones import tiny_convnext, tiny_vit
+from tests.helpers.graphs import run_onnx
 
-onnxruntime = pytest.importorskip("onnxruntime", reason="graphs are checked with ONNX Runtime: dinov3[export]")
+pytest.importorskip("onnxruntime", reason="graphs are checked with ONNX Runtime: dinov3[export]")
 pytest.importorskip("onnxscript", reason="ONNX is written with onnxscript: dinov3[export]")
 
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
@@ -29,14 +30,6 @@ def _quiet_exporter() -> Iterator[None]:
         yield
 
 
-def _run_onnx(path: Path, images: Tensor) -> dict[str, Tensor]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    assert [entry.name for entry in session.get_inputs()] == ["images"]
-    names = [entry.name for entry in session.get_outputs()]
-    found = session.run(None, {"images": images.numpy()})
-    return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
-
-
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.no_grad()
 def test_onnx_gives_what_the_backbone_gives(name: str, tmp_path: Path) -> None:
@@ -44,7 +37,7 @@ def test_onnx_gives_what_the_backbone_gives(name: str, tmp_path: Path) -> None:
     path = export_graph(backbone, tmp_path / "backbone.onnx", image_size=(64, 96))
     for shape in ((1, 3, 64, 32), (3, 3, 96, 128)):
         images = torch.randn(shape)
-        found, expected = _run_onnx(path, images), backbone.forward_features(images)  # type: ignore[operator]
+        found, expected = run_onnx(path, images), backbone.forward_features(images)  # type: ignore[operator]
         assert list(found) == ["class_token", "patch_tokens"]
         assert (found["class_token"] - expected["x_norm_clstoken"]).abs().max() < 1e-4
         assert (found["patch_tokens"] - expected["x_norm_patchtokens"]).abs().max() < 1e-4
@@ -57,7 +50,7 @@ def test_half_precision_has_float32_ends(tmp_path: Path) -> None:
     half = export_graph(backbone, tmp_path / "half.onnx", image_size=(64, 96), half=True)
     assert half.stat().st_size < 0.9 * 4 * sum(value.numel() for value in backbone.parameters())
     images = torch.randn(2, 3, 64, 32)
-    found, expected = _run_onnx(half, images)["class_token"], backbone(images)
+    found, expected = run_onnx(half, images)["class_token"], backbone(images)
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 0.02 * expected.norm()
     assert next(backbone.parameters()).dtype == torch.float32  # the network itself is left alone
@@ -85,7 +78,7 @@ def test_other_networks_keep_the_names_of_their_outputs(tmp_path: Path) -> None:
             return {"maps": self.conv(x), "mean": self.conv(x).mean((2, 3))}
 
     network, images = Two(), torch.randn(1, 3, 20, 30)
-    found = _run_onnx(export_graph(network, tmp_path / "two.onnx", image_size=(16, 24)), images)
+    found = run_onnx(export_graph(network, tmp_path / "two.onnx", image_size=(16, 24)), images)
     for name, value in network(images).items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
 

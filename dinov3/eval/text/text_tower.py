@@ -119,8 +119,12 @@ class TextTower(Tower):
             return tokens[:, 0]
         if self.tokens_pooler_type == "last":
             return tokens[:, -1]
-        largest = token_indices.argmax(dim=1)
-        return tokens.take_along_dim(largest[:, None, None], dim=1).squeeze(1)
+        largest = token_indices.argmax(dim=1)[:, None, None]
+        return tokens.gather(1, largest.expand(-1, 1, tokens.shape[-1])).squeeze(1)
+
+    def graph_outputs(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What an exported graph gives: `text_features` `[B, embed_dim]`."""
+        return {"text_features": self(tokens)}
 
 
 def build_text_backbone(cfg: Any) -> TextTransformer:

@@ -187,6 +187,11 @@ class VisionTower(Tower):
             )
         return VisionFeatures(torch.cat(parts, dim=-1), patch_tokens, backbone_patch_tokens)
 
+    def graph_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """What an exported graph gives: `image_features` `[B, embed_dim]`, and `patch_tokens` `[B, P, D']`."""
+        found: VisionFeatures = self(images)
+        return {"image_features": found.features, "patch_tokens": found.patch_tokens}
+
 
 def build_vision_model(
     *,

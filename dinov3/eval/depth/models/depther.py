@@ -16,9 +16,9 @@ from dinov3.eval.depth.config import DecoderConfig, PatchSizeAdaptationStrategy
 from dinov3.eval.depth.models.dpt_head import DPTHead
 from dinov3.eval.depth.models.encoder import DinoVisionTransformerWrapper
 from dinov3.eval.depth.models.features_to_depth import FeaturesToDepth
-from dinov3.eval.depth.models.linear_head import LinearHead
+from dinov3.eval.depth.models.linear_head import LinearHead, resize
 from dinov3.models.features import BackboneLayersSet
-from dinov3.utils.dtype import resolve_compute_dtype
+from dinov3.utils.dtype import autocast_to
 
 TASK = "depth"
 
@@ -55,11 +55,13 @@ class Depther(nn.Module):
 
         Callers resize it to their images (bilinear).
         """
-        dtype = resolve_compute_dtype(self.autocast_dtype, x.device)
-        lowered = dtype != torch.float32
-        with torch.autocast(x.device.type, dtype=dtype if lowered else None, enabled=lowered):
+        with autocast_to(x.device, self.autocast_dtype):
             depth: Tensor = self.features_to_depth(self.decoder(self.encoder(x)))
         return depth
+
+    def graph_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """What an exported graph gives: `depth` [metres] `[B, 1, H, W]` at the size of the images."""
+        return {"depth": resize(self(images), images.shape[-2:])}
 
 
 def make_head(

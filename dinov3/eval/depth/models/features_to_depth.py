@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.eval.depth.utils import MIXLOG_SCALE, create_chmv2_mixlog_bins, linear_bins, log_bins
+from dinov3.utils.dtype import autocast_to
 
 _TINY = 1e-12
 
@@ -61,7 +62,7 @@ class FeaturesToDepth(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, 1, H, W]` of logits `[B, K, H, W]`, in float32 at least (float64 stays)."""
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_to(x.device, torch.float32):
             x = x if x.dtype == torch.float64 else x.float()
             return torch.relu(x) + self.min_depth if x.shape[1] == 1 else self._from_bins(x)
 

@@ -77,6 +77,6 @@ class LinearHead(nn.Module):
 
 def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
     """Maps `[B, C, h, w]` in (H, W) pixels, bilinear; those that have this size are unchanged."""
-    if tuple(x.shape[-2:]) == tuple(size):
+    if not torch.compiler.is_exporting() and tuple(x.shape[-2:]) == tuple(size):  # the sizes of graphs are open
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)

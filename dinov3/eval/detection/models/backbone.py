@@ -15,7 +15,7 @@ from dinov3.eval.detection.models.utils import LayerNorm2D
 from dinov3.eval.detection.models.windows import WindowsWrapper
 from dinov3.eval.detection.util.misc import NestedTensor, pad_to_multiple, resize_mask
 from dinov3.models.backbone import Backbone, resolve_layer_indices
-from dinov3.utils.dtype import resolve_compute_dtype
+from dinov3.utils.dtype import autocast_to
 
 
 class DINOBackbone(nn.Module):
@@ -63,9 +63,7 @@ class DINOBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """`[B, 3, H, W]` to `[B, sum of widths, H / stride, W / stride]`, in the images' dtype."""
-        dtype = resolve_compute_dtype(self.autocast_dtype, images.device)
-        enabled = dtype in (torch.bfloat16, torch.float16)
-        with torch.no_grad(), torch.autocast(images.device.type, dtype=dtype if enabled else None, enabled=enabled):
+        with torch.no_grad(), autocast_to(images.device, self.autocast_dtype):
             maps = self._protocol.get_intermediate_layers(images, self.layers_to_use, reshape=True)
         size = [side // self.stride for side in images.shape[-2:]]
         maps = tuple(_at_size(one, size).to(images.dtype) for one in maps)

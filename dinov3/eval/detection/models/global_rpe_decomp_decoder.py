@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from dinov3.eval.detection.config import DetectionHeadConfig, strides_of
 from dinov3.eval.detection.models.cross_attention import CrossAttention, attend, padding_bias
 from dinov3.eval.detection.models.decoder import GlobalDecoder, build_decoder
+from dinov3.utils.dtype import autocast_to
 
 __all__ = ["GlobalCrossAttention", "GlobalDecoder", "build_global_rpe_decomp_decoder"]
 
@@ -86,7 +87,7 @@ class GlobalCrossAttention(CrossAttention):
         """
         q, k, v = self.heads(self.q(query)), self.heads(self.k(key)), self.heads(self.v(value))
         boxes = self._pixels(reference_points.reshape(*query.shape[:2], 4), spatial_shape)
-        n_queries, chunk = query.shape[1], self._chunk_size(len(query), spatial_shape)
+        n_queries, chunk = query.shape[1], self._chunk_size(query.shape[0], spatial_shape)
         attend_chunk = partial(self._attend, spatial_shape=spatial_shape)
         if torch.is_grad_enabled() and chunk < n_queries:
             attend_chunk = partial(checkpoint, attend_chunk, use_reentrant=False)
@@ -112,7 +113,7 @@ class GlobalCrossAttention(CrossAttention):
         offsets = edges[..., None, :].float() - centres[:, None]
         if self.rpe_type == "abs_log8":
             offsets = offsets.sign() * (offsets.abs() + 1).log2() / math.log2(8)
-        with torch.autocast(edges.device.type, enabled=False):
+        with autocast_to(edges.device, torch.float32):
             bias: Tensor = network(offsets)
         return bias.permute(0, 3, 1, 2)
 

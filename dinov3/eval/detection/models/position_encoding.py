@@ -58,7 +58,7 @@ class PositionEmbeddingLearned(nn.Module):
         height, width = batch.mask.shape[-2:]
         rows, columns = _rows(self.row_embed.weight, height), _rows(self.col_embed.weight, width)
         grid = torch.cat([columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1)
-        return grid.permute(2, 0, 1).expand(len(batch.mask), -1, -1, -1).to(batch.tensors.dtype)
+        return grid.permute(2, 0, 1).expand(batch.mask.shape[0], -1, -1, -1).to(batch.tensors.dtype)
 
 
 def _rows(table: Tensor, n: int) -> Tensor:

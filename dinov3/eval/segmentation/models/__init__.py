@@ -20,7 +20,7 @@ from dinov3.eval.segmentation.models.heads.mask2former_head import Mask2FormerHe
 from dinov3.models.backbone import Backbone
 from dinov3.models.features import BackboneLayersSet, frozen_features, layer_indices, resize_to_patches
 from dinov3.utils.device import default_device
-from dinov3.utils.dtype import as_torch_dtype, resolve_compute_dtype
+from dinov3.utils.dtype import as_torch_dtype, autocast_to
 
 __all__ = [
     "BackboneLayersSet",
@@ -106,9 +106,23 @@ class FeatureDecoder(nn.Module):
     @torch.inference_mode()
     def predict(self, images: Tensor, rescale_to: Sequence[int] = (512, 512)) -> Any:
         """What the head predicts for images `[B, 3, H, W]`, at (height, width) `rescale_to`, without gradients."""
+        return self._predict(images, rescale_to)
+
+    def graph_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """What an exported graph gives: the prediction at the size of the images.
+
+        `logits` `[B, K, H, W]` of a linear head; `pred_logits` `[B, Q, K + 1]` and `pred_masks` `[B, Q, H, W]` of
+        Mask2Former.
+        """
+        found = self._predict(images, images.shape[-2:])
+        if isinstance(found, Tensor):
+            return {"logits": found}
+        return {name: found[name] for name in ("pred_logits", "pred_masks")}
+
+    def _predict(self, images: Tensor, size: Sequence[int]) -> Any:
         with self.autocast_ctx():
             head = cast(Any, self.segmentation_model[1])
-            return head.predict(self._features(images), rescale_to=rescale_to)
+            return head.predict(self._features(images), rescale_to=size)
 
     def _features(self, images: Tensor) -> Any:
         extractor = self.segmentation_model[0]
@@ -218,6 +232,4 @@ def _get_backbone_out_indices(
 
 def _autocast_ctx(dtype: torch.dtype) -> Callable[[], AbstractContextManager[Any]]:
     """Autocast on the accelerator of this machine; models on a CPU always compute in float32."""
-    device_type = default_device().type
-    half = resolve_compute_dtype(dtype, device_type) != torch.float32
-    return partial(torch.autocast, device_type, dtype=dtype if half else None, enabled=half)
+    return partial(autocast_to, default_device().type, dtype)

@@ -1,4 +1,4 @@
-"""Deformable attention: both ways to compute it, gradients, borders, the optional extension, what is refused."""
+"""Deformable attention: all ways to compute it, gradients, borders, the optional extension, what is refused."""
 
 import math
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from dinov3.eval.segmentation.models.utils.deform_bags import BagDeformAttn
 from dinov3.eval.segmentation.models.utils.ms_deform_attn import (
     MSDeformAttn,
     MSDeformAttnFunction,
+    _gather_levels,
     _sample_levels,
     ms_deform_attn_core_pytorch,
 )
@@ -51,11 +52,12 @@ def _by_definition(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     return out.flatten(2)
 
 
-def test_both_ways_give_the_sum_of_the_definition() -> None:
+def test_all_ways_give_the_sum_of_the_definition() -> None:
     value, locations, weights = _inputs()
     expected = _by_definition(value, locations, weights)
     torch.testing.assert_close(_sample_levels(value, locations, weights, SIZES), expected)
     torch.testing.assert_close(BagDeformAttn.apply(value, locations, weights, SIZES), expected)
+    torch.testing.assert_close(_gather_levels(value, locations, weights, SIZES), expected)
 
 
 def test_gradients_of_both_ways_in_float64() -> None:

@@ -103,7 +103,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             for project, level, embed in zip(self.input_proj, x, self.level_embed.weight, strict=True)
         ]
         query_pos = self.query_embed.weight
-        out = self.query_feat.weight.expand(len(mask_features), -1, -1)
+        out = self.query_feat.weight.expand(mask_features.shape[0], -1, -1)
 
         outputs = [self._predict(out, mask_features)]
         layers = zip(

@@ -15,6 +15,7 @@ from dinov3.eval.segmentation.models.utils.batch_norm import get_norm
 from dinov3.eval.segmentation.models.utils.ms_deform_attn import MSDeformAttn
 from dinov3.eval.segmentation.models.utils.reference_points import cell_centres
 from dinov3.layers.sine_position_encoding import PositionEmbeddingSine
+from dinov3.utils.dtype import autocast_to
 
 InputShape = Mapping[str, Sequence[int]]
 """Name of a map -> [channels, h, w, stride]."""
@@ -102,7 +103,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         Returns:
             `[B, mask_dim, h1, w1]` at the size of the finest map, and maps `[B, conv_dim, h, w]`; float32.
         """
-        with torch.autocast(features[self.finest].device.type, enabled=False):
+        with autocast_to(features[self.finest].device, torch.float32):
             inputs = [conv(features[name].float()) for conv, name in zip(self.input_convs, self.levels, strict=True)]
             maps = self.encoder(inputs, [self.position(x) for x in inputs])
             finest = self.lateral_convs[0](features[self.finest].float())

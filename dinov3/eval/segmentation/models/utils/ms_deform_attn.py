@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dinov3.eval.segmentation.models.utils.deform_bags import BagDeformAttn
+from dinov3.utils.dtype import autocast_to
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 """(H, W) of every level: pairs of numbers, or a tensor `[L, 2]` (reading one from a GPU makes the CPU wait)."""
@@ -48,9 +49,11 @@ def ms_deform_attn_core_pytorch(
         raise ValueError(f"levels of sizes {sizes} don't have {value.shape[1]} cells together")
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     inputs = value.to(dtype), sampling_locations.to(dtype), attention_weights.to(dtype)
-    with torch.autocast(value.device.type, enabled=False):
-        if value.device.type == "cpu" and value.shape[-1] >= _MIN_BAG_DIM:
-            out: Tensor = BagDeformAttn.apply(*inputs, sizes)
+    with autocast_to(value.device, torch.float32):
+        if torch.compiler.is_exporting():
+            out = _gather_levels(*inputs, sizes)
+        elif value.device.type == "cpu" and value.shape[-1] >= _MIN_BAG_DIM:
+            out = BagDeformAttn.apply(*inputs, sizes)
         else:
             out = _sample_levels(*inputs, sizes)
     return out.to(value.dtype)
@@ -68,6 +71,35 @@ def _sample_levels(value: Tensor, locations: Tensor, weights: Tensor, sizes: Seq
         samples = F.grid_sample(maps, grids[level], mode="bilinear", padding_mode="zeros", align_corners=False)
         out = out + (samples * weights[level]).sum(-1)  # [N*M, D, Lq]
     return out.view(n_images, n_heads * dim, -1).transpose(1, 2)
+
+
+def _gather_levels(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """The core in elementary operations, for graphs: reads the four cells around each point by their numbers."""
+    n_images, n_cells, n_heads, dim = value.shape
+    table = value.reshape(-1, dim)  # rows (image, cell, head)
+    images = torch.arange(n_images, device=value.device).view(-1, 1, 1, 1, 1, 1) * n_cells
+    heads = torch.arange(n_heads, device=value.device).view(-1, 1, 1, 1)
+    first, out = 0, value.new_zeros(())
+    for level, (height, width) in enumerate(sizes):
+        columns, right = _corners(locations[..., level, :, 0], width)  # [N, Lq, M, P, 2]
+        rows, down = _corners(locations[..., level, :, 1], height)
+        cells = first + rows[..., :, None] * width + columns[..., None, :]  # [N, Lq, M, P, 2, 2]
+        factors = weights[..., level, :, None, None] * down[..., :, None] * right[..., None, :]
+        read = F.embedding(((images + cells) * n_heads + heads).flatten(3), table)  # [N, Lq, M, P * 4, D]
+        out = out + (read * factors.flatten(3)[..., None]).sum(-2)
+        first = first + height * width
+    return out.flatten(2)
+
+
+def _corners(locations: Tensor, n_cells: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the cells before and behind each place from 0 to 1, and their shares; none if outside: `[..., 2]`."""
+    position = locations * n_cells - 0.5
+    before = position.floor()
+    share = position - before
+    cells = torch.stack([before, before + 1], dim=-1)
+    shares = torch.stack([1 - share, share], dim=-1)
+    inside = (cells >= 0) & (cells <= n_cells - 1)
+    return cells.clamp(0, n_cells - 1).long(), shares * inside
 
 
 class MSDeformAttnFunction(torch.autograd.Function):
@@ -212,8 +244,10 @@ class MSDeformAttn(nn.Module):
         """`[N, Lq, M, L, P, 2]`."""
         reference = reference[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            extent = offsets.new_tensor([[width, height] for height, width in sizes], dtype=reference.dtype)
-            return reference + offsets / extent[:, None]
+            # Filled one by one: a tensor made of a list would fix the sizes of a graph.
+            sides = [side for height, width in sizes for side in (width, height)]
+            extent = torch.cat([reference.new_full((1,), side) for side in sides])
+            return reference + offsets / extent.view(-1, 1, 2)
         if reference.shape[-1] == 4:
             return reference[..., :2] + offsets / self.n_points * reference[..., 2:] * 0.5
         raise ValueError(f"reference points have 2 or 4 numbers, got {reference.shape[-1]}")
@@ -221,7 +255,7 @@ class MSDeformAttn(nn.Module):
 
 def _as_sizes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
     pairs = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
-    return [(int(height), int(width)) for height, width in pairs]
+    return [(height, width) for height, width in pairs]
 
 
 def _index_tensors(sizes: Sequence[tuple[int, int]], like: Tensor) -> tuple[Tensor, Tensor]:
