@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.layers.drop_path import DropPath, drop_path
+from dinov3.layers.linear import apply_linear, apply_linear_and_activation
 from dinov3.layers.patch_embed import log_cropping
 from dinov3.models.backbone import resolve_layer_indices
 from dinov3.utils.modules import named_apply
@@ -87,7 +88,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, H, W]`."""
         branch = self.dwconv(x).permute(0, 2, 3, 1)  # [B, H, W, C]
-        branch = self.pwconv2(self.act(self.pwconv1(self.norm(branch))))
+        branch = apply_linear(self.pwconv2, apply_linear_and_activation(self.pwconv1, self.act, self.norm(branch)))
+        if self.gamma is not None and isinstance(self.drop_path, nn.Identity):  # one pass over memory
+            return torch.addcmul(x.permute(0, 2, 3, 1), branch, self.gamma).permute(0, 3, 1, 2)
         if self.gamma is not None:
             branch = branch * self.gamma
         out: Tensor = x + self.drop_path(branch.permute(0, 3, 1, 2))
