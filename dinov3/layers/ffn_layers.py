@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3.layers.linear import apply_linear, apply_linear_and_activation
 from dinov3.utils.tensors import cat_keep_shapes, uncat_with_shapes
 
 
@@ -42,8 +43,8 @@ class Mlp(nn.Module, ListForwardMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        hidden = self.drop(self.act(self.fc1(x)))
-        out: Tensor = self.drop(self.fc2(hidden))
+        hidden = self.drop(apply_linear_and_activation(self.fc1, self.act, x))
+        out: Tensor = self.drop(apply_linear(self.fc2, hidden))
         return out
 
 
@@ -77,6 +78,5 @@ class SwiGLUFFN(nn.Module, ListForwardMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        gated: Tensor = F.silu(self.w1(x)) * self.w2(x)
-        out: Tensor = self.w3(gated)
-        return out
+        gated = F.silu(apply_linear(self.w1, x)) * apply_linear(self.w2, x)
+        return apply_linear(self.w3, gated)
