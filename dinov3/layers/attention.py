@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3.layers.linear import apply_linear, linear
 from dinov3.layers.rope_position_encoding import RopeTables, rotate
 from dinov3.utils.tensors import cat_keep_shapes, uncat_with_shapes
 
@@ -49,7 +50,7 @@ class LinearKMaskedBias(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        return F.linear(x, self.weight, self.masked_bias())
+        return linear(x, self.weight, self.masked_bias())
 
 
 class SelfAttention(nn.Module):
@@ -70,8 +71,8 @@ class SelfAttention(nn.Module):
         _check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.attn_drop = attn_drop
-        linear = LinearKMaskedBias if mask_k_bias else nn.Linear
-        self.qkv = linear(dim, 3 * dim, bias=qkv_bias, device=device)
+        make_qkv = LinearKMaskedBias if mask_k_bias else nn.Linear
+        self.qkv = make_qkv(dim, 3 * dim, bias=qkv_bias, device=device)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -85,7 +86,8 @@ class SelfAttention(nn.Module):
                 keep their queries and keys.
         """
         _refuse_bias(attn_bias)
-        out: Tensor = self.proj_drop(self.proj(self.compute_attention(self.qkv(x), rope)))
+        attended = self.compute_attention(apply_linear(self.qkv, x), rope)
+        out: Tensor = self.proj_drop(apply_linear(self.proj, attended))
         return out
 
     def forward_list(
@@ -99,10 +101,10 @@ class SelfAttention(nn.Module):
         if rope_list is None or len(rope_list) != len(x_list):
             raise ValueError(f"rope_list needs one entry (tables or None) for each of the {len(x_list)} inputs")
         flat, shapes, counts = cat_keep_shapes(x_list)
-        qkv_list = uncat_with_shapes(self.qkv(flat), shapes, counts)
+        qkv_list = uncat_with_shapes(apply_linear(self.qkv, flat), shapes, counts)
         attended = [self.compute_attention(qkv, rope) for qkv, rope in zip(qkv_list, rope_list, strict=True)]
         flat, shapes, counts = cat_keep_shapes(attended)
-        return uncat_with_shapes(self.proj_drop(self.proj(flat)), shapes, counts)
+        return uncat_with_shapes(self.proj_drop(apply_linear(self.proj, flat)), shapes, counts)
 
     def compute_attention(self, qkv: Tensor, rope: RopeTables | None = None) -> Tensor:
         """Attention of `[B, N, 3 * D]` queries, keys and values; returns `[B, N, D]`."""
@@ -167,9 +169,9 @@ class CausalSelfAttention(nn.Module):
         init_attn_std = init_attn_std or self.dim**-0.5
         nn.init.normal_(self.qkv.weight, std=init_attn_std)
         nn.init.normal_(self.proj.weight, std=init_proj_std or init_attn_std * factor)
-        for linear in (self.qkv, self.proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        for layer in (self.qkv, self.proj):
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, is_causal: bool = True) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; with `is_causal` a token sees itself and those before."""
