@@ -25,7 +25,7 @@ from dinov3.eval.detection.models.detr import build_model
 from dinov3.eval.segmentation.inference import make_inference
 from dinov3.eval.segmentation.models import build_segmentation_decoder
 from dinov3.eval.segmentation.models.utils import ms_deform_attn
-from dinov3.layers import attention
+from dinov3.layers import attention, linear
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
 TABLE = "task heads"
@@ -60,6 +60,7 @@ def as_the_equations_stand() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", plain_attention))
         stack.enter_context(patch.object(attention, "rotate", plain_rotation))
+        stack.enter_context(patch.object(linear, "_HAS_ONEDNN", False))
         stack.enter_context(patch.object(ms_deform_attn, "ms_deform_attn_core_pytorch", plain_deformable))
         yield
 

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,6 +46,8 @@ def _may_use_onednn(x: Tensor, *parameters: Tensor | None) -> bool:
     if torch.is_grad_enabled() or x.device.type != "cpu" or not _HAS_ONEDNN or not torch.backends.mkldnn.enabled:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    if _get_current_dispatch_mode() is not None:  # somebody looks on who knows torch's own operators: counts of FLOPs
         return False
     plain = all(type(p) in (Tensor, nn.Parameter) and p.dtype == torch.float32 for p in parameters if p is not None)
     return plain and type(x) is Tensor and x.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
