@@ -66,7 +66,7 @@ def init_model_from_checkpoint_for_evals(
         model: a backbone on its device.
         pretrained_weights: what `read_weights` knows.
         checkpoint_key: which network of a checkpoint with several, `"student"` say; `"teacher"` and None: the one that
-            is evaluated, the EMA teacher.
+            is evaluated, the EMA teacher. Any other name is that of an entry of the file, taken if it is there.
 
     Returns:
         What was loaded.
@@ -75,7 +75,8 @@ def init_model_from_checkpoint_for_evals(
         ValueError: a key of the backbone is missing, unknown, or of another shape.
     """
     network = checkpoint_key if checkpoint_key in NETWORKS and checkpoint_key != "teacher" else None
-    state = read_weights(pretrained_weights, network=network, like=model)
+    container = None if checkpoint_key in NETWORKS else checkpoint_key
+    state = read_weights(pretrained_weights, network=network, container=container, like=model)
     report = load_weights(model, state, allow_unexpected=_OTHER_PARTS)
     logger.info("loaded %s: %s", pretrained_weights, report)
     return report

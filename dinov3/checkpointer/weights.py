@@ -31,6 +31,7 @@ def read_weights(
     *,
     part: str = "backbone",
     network: str | None = None,
+    container: str | None = None,
     like: nn.Module | None = None,
     check_hash: bool | None = None,
     round_periods: bool = True,
@@ -50,6 +51,7 @@ def read_weights(
             holds them. A file without parts is a backbone.
         network: which network of a training checkpoint: `"model_ema"`, `"teacher"`, `"student"` or `"gram_teacher"`;
             None: the first of the first three that is there. A file of a single network needs no name.
+        container: an entry of a file to look into first, if it is there; entries of the usual names are found without.
         like: the backbone the weights are meant for. Needed only for Hugging Face and timm files of models unlike the
             released ones; see `layouts.to_meta`.
         check_hash: see `sources.local_path`.
@@ -61,7 +63,7 @@ def read_weights(
             had.
         ValueError: it isn't a weight file, is damaged or incomplete, or doesn't have the part or network asked for.
     """
-    state, config = _read_flat(source, network, check_hash)
+    state, config = _read_flat(source, network, check_hash, container)
     parts = _split_parts(state)
     if "backbone" in parts:
         reference = None if like is None else like.state_dict()
@@ -83,7 +85,7 @@ def read_state_dict(source: str | os.PathLike[str], *, check_hash: bool | None =
 
 
 def _read_flat(
-    source: str | os.PathLike[str], network: str | None, check_hash: bool | None
+    source: str | os.PathLike[str], network: str | None, check_hash: bool | None, container: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One network's tensors by name, and the `config.json` that came with them."""
     if network is not None and network not in NETWORKS:
@@ -99,11 +101,14 @@ def _read_flat(
         state = read_dcp(path, [f"model.{name}" for name in wanted])
         state = {unwrapped_name(name): state[f"model.{name}"] for name in wanted}
     else:
+        content: Any
         if path.is_dir():
             content, config = read_folder(path)
         else:
             content = read_file(path)
             config = read_config(path.parent)
+        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
+            content = content[container]
         state, found = _unwrap(content, network, path)
         if found is not None and network not in (None, found):
             raise ValueError(f"{path} has no network {network!r}; it has {found}")

@@ -112,6 +112,17 @@ def test_the_student_of_a_training_can_be_evaluated(tmp_path: Path) -> None:
     assert whole(ema) != whole(student)
 
 
+def test_an_entry_of_a_file_is_named_by_the_key(tmp_path: Path) -> None:
+    wanted, other = Net(), Net()
+    wrapped = {f"module.backbone.{key}": value for key, value in wanted.state_dict().items()}
+    torch.save({"teacher": other.state_dict(), "averaged": wrapped, "epoch": 3}, tmp_path / "file.pth")
+    named, by_default = Net(), Net()
+    init_model_from_checkpoint_for_evals(named, tmp_path / "file.pth", "averaged")
+    init_model_from_checkpoint_for_evals(by_default, tmp_path / "file.pth", "not_there")
+    assert whole(named) == whole(wanted)
+    assert whole(by_default) == whole(other)
+
+
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     paths, _ = sources(tmp_path)
     with pytest.raises(ValueError, match="do not fit Net"):
