@@ -315,7 +315,7 @@ def _lengths(key: str, schedule: Config, epochs: float) -> Iterator[str]:
 
 
 def _gram(cfg: Config) -> Iterator[str]:
-    gram, size = cfg["gram"], cfg["crops"]["gram_teacher_crops_size"]
+    gram, sizes = cfg["gram"], _as_list(cfg["crops"]["gram_teacher_crops_size"])
     yield from _one_of("gram.tokens_used", gram["tokens_used"], ("all", "masked", "unmasked"))
     if gram["tokens_used"] != "all" and gram["img_level"]:
         yield f"gram.tokens_used: {gram['tokens_used']} needs gram.img_level: false"
@@ -326,10 +326,10 @@ def _gram(cfg: Config) -> Iterator[str]:
             yield "gram.ema_teacher and gram.ckpt exclude each other"
         if gram["rep_update"]:
             yield "gram.ema_teacher needs gram.rep_update: false: the EMA teacher changes in each iteration anyway"
-        if size is not None:
+        if any(size is not None for size in sizes):
             yield "gram.ema_teacher needs crops.gram_teacher_crops_size: null: it sees the global crops"
         return
-    if size is None:
+    if None in sizes:
         yield "gram.use_loss needs crops.gram_teacher_crops_size (or gram.ema_teacher)"
     if gram["ckpt"] == "ignore":
         yield "gram.ckpt is `ignore`: name the Gram teacher's weights on the command line, gram.ckpt=<file or folder>"

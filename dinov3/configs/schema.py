@@ -389,8 +389,8 @@ class Crops:
     """Side of a local crop in pixels."""
     global_local_crop_pairs_ratios: float | list[float] = 1.0
     """How often each resolution is drawn; sums to 1."""
-    gram_teacher_crops_size: int | list[int] | None = None
-    """Side of the Gram teacher's crops in pixels; null: none are made."""
+    gram_teacher_crops_size: int | list[int | None] | None = None
+    """Side of the Gram teacher's crops in pixels; null: none are made (several resolutions: a null for each)."""
     localcrops_subset_of_globalcrops: bool = False
     """Cut local crops out of global ones."""
     share_color_jitter: bool = False

@@ -8,6 +8,11 @@ V2 = [
     for name in ("lr", "weight_decay", "momentum", "teacher_temp")
     for key in ("start", "peak", "end", "warmup_epochs")
 ] + ["schedules.lr.freeze_last_layer_epochs=0"]
+TWO_SIZES = [
+    "crops.global_crops_size=[224,256]",
+    "crops.local_crops_size=[96,112]",
+    "crops.global_local_crop_pairs_ratios=[0.5,0.5]",
+]
 GRAM = ["gram.use_loss=true", "gram.ckpt=x", "crops.gram_teacher_crops_size=224"]
 DISTILLATION = ["distillation.enabled=true", "distillation.full_cfg_path=t.yaml", "distillation.checkpoint_path=ignore"]
 
@@ -60,6 +65,7 @@ def check(*opts: str, file: str = "") -> None:
         ([*GRAM, "gram.ckpt=ignore"], "gram.ckpt is `ignore`"),
         ([*GRAM, "gram.ckpt=null"], "gram.use_loss needs gram.ckpt=<file or folder>, or gram.it_load_ema_teacher >= 0"),
         ([*GRAM, "crops.gram_teacher_crops_size=null"], "gram.use_loss needs crops.gram_teacher_crops_size"),
+        ([*GRAM, *TWO_SIZES, "crops.gram_teacher_crops_size=[224,null]"], "needs crops.gram_teacher_crops_size"),
         ([*GRAM, "gram.ema_teacher=true"], "gram.ema_teacher and gram.ckpt exclude each other"),
         ([*GRAM, "gram.ema_teacher=true"], "gram.ema_teacher needs gram.rep_update: false"),
         ([*GRAM, "gram.ema_teacher=true"], "gram.ema_teacher needs crops.gram_teacher_crops_size: null"),
@@ -101,6 +107,7 @@ def test_all_problems_are_named_at_once() -> None:
         GRAM,
         ["gram.use_loss=true", "gram.it_load_ema_teacher=0", "crops.gram_teacher_crops_size=448"],
         ["gram.use_loss=true", "gram.ema_teacher=true", "gram.rep_update=false"],
+        [*TWO_SIZES, "crops.gram_teacher_crops_size=[null,null]"],
         DISTILLATION,
         [
             "student.pos_embed_rope_base=null",
