@@ -43,10 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         command.run(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except Exception as error:
+        if not _says_what_to_change(error):
+            raise
         sys.stderr.write(f"dinov3 {name}: {error}\n")
         return 2
     return 0
+
+
+def _says_what_to_change(error: Exception) -> bool:
+    """Whether an error is about the arguments, unknown keys of configurations included, and needs no traceback."""
+    return isinstance(error, ValueError | FileNotFoundError) or type(error).__module__.startswith("omegaconf.")
 
 
 def call(function: Callable[..., object], arguments: Sequence[str], *positional: str) -> object:

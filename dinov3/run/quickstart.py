@@ -47,12 +47,20 @@ MARKER = ".quickstart"  # in folders that the quick start may clear
 PICTURES = ("samples", "losses", "accuracy", "neighbours", "pca", "similarity")
 
 
+_EXAMPLES = """examples:
+  dinov3 quickstart
+  dinov3 quickstart --output-dir runs/other --seed 1 optim.epochs=8
+"""
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the quick start."""
     parser = argparse.ArgumentParser(
         "dinov3 quick start",
         allow_abbrev=False,
         description="Pretrain a small backbone on real images in minutes, evaluate it, and write report.html.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"), help="what it holds is replaced")
     parser.add_argument("--seed", type=int, default=0, help="of data, weights, crops and masks")

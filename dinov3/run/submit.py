@@ -64,6 +64,13 @@ def get_submitit_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_EXAMPLES = """examples:
+  dinov3 submit dinov3/train/train.py --config-file CONFIG.yaml --output-dir OUT train.dataset_path=DATASET
+  dinov3 submit dinov3/train/train.py --nodes 4 --config-file CONFIG.yaml --output-dir OUT
+  dinov3 submit dinov3/eval/knn.py --local model.config_file=OUT/config.yaml output_dir=OUT/knn key=value ...
+"""
+
+
 def get_run_parser() -> argparse.ArgumentParser:
     """The launcher's whole command line."""
     parser = argparse.ArgumentParser(
@@ -71,6 +78,8 @@ def get_run_parser() -> argparse.ArgumentParser:
         description="Run a script on SLURM or on this machine. Other arguments go to the script, in order.",
         parents=[get_submitit_parser()],
         allow_abbrev=False,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("module_path", help="Python file of the script")
     parser.add_argument("--callable-name", default="main", help="function in it; called with the list of arguments")

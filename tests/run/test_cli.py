@@ -1,11 +1,13 @@
 """The short way: commands and functions call the scripts with the right arguments."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf.errors import ConfigKeyError
 
 import dinov3
 from dinov3.run import api, cli
@@ -45,7 +47,9 @@ def test_help_of_scripts_is_theirs(name: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])
     assert ended.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "usage:" in shown
+    assert re.search(r"^examples:$|^ +(python -m )?dinov3", shown, re.MULTILINE)
 
 
 def test_help_of_features_names_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +138,15 @@ def test_explore_passes_its_arguments_on(calls: list[Any]) -> None:
 def test_errors_say_what_to_change(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_unknown_keys_need_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(argv: list[str]) -> None:
+        raise ConfigKeyError("unknown key 'tokns'; did you mean 'tokens'?")
+
+    monkeypatch.setattr("dinov3.eval.features.main", refuse)
+    assert cli.main(["features", "tokns=cls"]) == 2
+    assert "did you mean 'tokens'?" in capsys.readouterr().err
 
 
 def test_folders_with_colons_are_quoted(tmp_path: Path) -> None:
