@@ -234,9 +234,9 @@ class SSLMetaArch(MetaArch):
         }
 
     def _at_teacher_resolution(self, images: Tensor) -> Tensor:
-        """Global crops as the teacher sees them: shrunk by the resolution scale (a student with a larger stride)."""
+        """Global crops as a frozen teacher sees them: shrunk by the resolution scale (a student of larger stride)."""
         scale = self.cfg.crops.teacher_to_student_resolution_scale
-        if scale == 1:
+        if scale == 1 or not self.cfg.distillation.enabled:  # the EMA of the student has the student's stride
             return images
         size = [round(side / scale) for side in images.shape[-2:]]
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
@@ -267,7 +267,13 @@ class SSLMetaArch(MetaArch):
         tokens_global, tokens_local = self.student["backbone"](
             [global_crops.flatten(0, 1), local_crops.flatten(0, 1)], masks=[seen_masks, None], is_training=True
         )
-        masked = tokens_global["x_norm_patchtokens"].flatten(0, 1).index_select(0, mask_indices_list)  # [M, D]
+        patches = tokens_global["x_norm_patchtokens"]
+        if patches.shape[1] != masks.shape[1]:
+            raise ValueError(
+                f"masks are of {masks.shape[1]} patches, but the student makes {patches.shape[1]} of a global crop: "
+                "student.patch_size * crops.teacher_to_student_resolution_scale must be its stride (ConvNeXt: 32)"
+            )
+        masked = patches.flatten(0, 1).index_select(0, mask_indices_list)  # [M, D]
         masked_logits = self.student["ibot_head"](masked)
         both_cls = torch.cat([tokens_global["x_norm_clstoken"], tokens_local["x_norm_clstoken"]])  # [(G+L)*B, D]
         cls_logits = self.student["dino_head"](both_cls).split(
