@@ -5,6 +5,7 @@ leave out tensors in their own way. A layout is recognised by the tensors that o
 or models.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from enum import Enum
@@ -199,10 +200,17 @@ def _periods(dim: int, config: Mapping[str, Any], like: Mapping[str, Tensor], ro
     if "rope_embed.periods" in like:
         n_periods = like["rope_embed.periods"].shape[0]
     elif "num_attention_heads" in config:
-        n_periods = dim // config["num_attention_heads"] // 4
+        n_heads = config["num_attention_heads"]
+        if not isinstance(n_heads, int) or not 1 <= n_heads <= dim:
+            raise ValueError(f"config.json: num_attention_heads is {n_heads!r}, the network is {dim} wide")
+        n_periods = dim // n_heads // 4
     else:
         n_periods = (128 if dim == 4096 else 64) // 4
-    base = float(config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 100.0)
+    rope = config.get("rope_parameters")
+    base = config.get("rope_theta") or (rope.get("rope_theta") if isinstance(rope, Mapping) else None) or 100.0
+    if not isinstance(base, int | float) or not 0 < base < math.inf:
+        raise ValueError(f"config.json: rope_theta is {base!r}, expected a positive number")
+    base = float(base)
     periods = rope_periods(n_periods, base)
     return periods.bfloat16().float() if round_periods else periods
 

@@ -155,9 +155,18 @@ def _user_layers(args: Any, *, allow_unknown_keys: bool) -> list[DictConfig]:
     overrides = [str(option) for option in args.opts or []]
     if malformed := [option for option in overrides if "=" not in option]:
         raise ValueError(f"overrides must have the form key=value, got {' '.join(malformed)}")
-    layers.append(OmegaConf.from_cli(overrides))
+    layers.append(_from_overrides(overrides))
     _check_keys(layers[-1], "the overrides", allow_unknown_keys=allow_unknown_keys)
     return layers
+
+
+def _from_overrides(overrides: list[str]) -> DictConfig:
+    for option in overrides:
+        try:
+            OmegaConf.from_cli([option])
+        except Exception as error:  # parsers have error classes of their own
+            raise ValueError(f"the override {option!r} can't be read: {error}") from error
+    return OmegaConf.from_cli(overrides)
 
 
 def _load_file(path: str | os.PathLike[str], *, allow_unknown_keys: bool) -> DictConfig:

@@ -32,7 +32,7 @@ from dinov3.checkpointer.export import write_safetensors
 from dinov3.checkpointer.files import read_safetensors
 from dinov3.data.registry import parse_dataset_str, register_dataset
 from dinov3.utils.dtype import as_torch_dtype
-from dinov3.utils.files import atomically
+from dinov3.utils.files import atomically, read_json, read_text
 
 logger = logging.getLogger("dinov3")
 
@@ -129,7 +129,7 @@ class FeatureWriter:
         manifest = {"request": json.loads(json.dumps(asdict(self.request))), "class_names": class_names}
         path = self.folder / _MANIFEST
         if path.exists():
-            earlier = json.loads(path.read_text())["request"]
+            earlier, _ = _read_manifest(path)
             if differing := [key for key, value in manifest["request"].items() if earlier.get(key) != value]:
                 raise ValueError(
                     f"{self.folder} holds other features, which differ in {', '.join(differing)} (see {path}): write "
@@ -232,12 +232,15 @@ def _write_parquet(path: Path, features: Tensor, samples: Mapping[str, list[Any]
 def _read_parquet(path: Path) -> tuple[Tensor, list[dict[str, Any]]]:
     _, parquet = _pyarrow()
     table = parquet.read_table(path)
+    table.validate(full=True)
     shape = json.loads(table.schema.metadata[b"shape"])
     values = table.column("features").combine_chunks()
     features = torch.from_numpy(values.flatten().to_numpy(zero_copy_only=False).copy()).view(len(table), *shape)
-    labels = [json.loads(label) if isinstance(label, str) else label for label in table.column("label").to_pylist()]
-    names = table.column("name").to_pylist()
-    return features, [{"name": name, "label": label} for name, label in zip(names, labels, strict=True)]
+    samples = table.select(["index", "name", "label"]).to_pylist()
+    for sample in samples:
+        if isinstance(sample["label"], str):
+            sample["label"] = json.loads(sample["label"])
+    return features, samples
 
 
 def _pyarrow() -> tuple[Any, Any]:
@@ -282,10 +285,8 @@ class FeatureFiles(Dataset[tuple[Tensor, Any]]):
             raise FileNotFoundError(
                 f"{folder} holds no features: {_MANIFEST} is missing (python -m dinov3.eval.features)"
             )
-        manifest = json.loads((folder / _MANIFEST).read_text())
         self.root = folder
-        self.request: dict[str, Any] = manifest["request"]
-        self.class_names: list[str] = manifest["class_names"]
+        self.request, self.class_names = _read_manifest(folder / _MANIFEST)
         self.target_transform = target_transform
         self.transform = self.transforms = None
         n_shards = -(-self.request["count"] // self.request["shard_size"])
@@ -295,7 +296,9 @@ class FeatureFiles(Dataset[tuple[Tensor, Any]]):
                 f"{len(missing)} of {n_shards} shards of {folder} are missing, the first is {missing[0].name}: run the "
                 "command that wrote it again, it goes on"
             )
-        shards = [_read_shard(file, folder / f"samples-{file.stem.partition('-')[2]}.csv") for file in files]
+        count, size = self.request["count"], self.request["shard_size"]
+        rows = [range(i * size, min((i + 1) * size, count)) for i in range(n_shards)]
+        shards = [_read_shard(file, own) for file, own in zip(files, rows, strict=True)]
         self._features = [features for features, _ in shards]
         samples = [sample for _, rows in shards for sample in rows]
         self._names = [sample["name"] for sample in samples]
@@ -330,16 +333,63 @@ class FeatureFiles(Dataset[tuple[Tensor, Any]]):
         return self._names[index]
 
 
-def _read_shard(path: Path, samples: Path) -> tuple[Tensor, list[dict[str, Any]]]:
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    if path.suffix == ".npy":
-        features = torch.from_numpy(np.load(path, mmap_mode="c"))  # copies what is written to, as torch wants it
-    else:
-        features = read_safetensors(path)["features"]
-    with open(samples, encoding="utf-8", newline="") as file:
-        rows = [{"name": row["name"], "label": json.loads(row["label"] or "null")} for row in csv.DictReader(file)]
-    return features, rows
+def _read_manifest(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """What was asked for, and names of classes.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    content = read_json(path)
+    try:
+        request, class_names = content["request"], content["class_names"]
+        for key, largest in {"count": 1 << 48, "shard_size": 1 << 48}.items():
+            if not isinstance(request[key], int) or not 1 <= request[key] <= largest:
+                raise ValueError(f"{key} is {request[key]!r}")
+        if request["format"] not in FORMATS or request["tokens"] not in Tokens.__members__:
+            raise ValueError(f"format is {request['format']!r}, tokens is {request['tokens']!r}")
+        if not all(isinstance(width, int) for width in request["widths"]):
+            raise ValueError(f"widths is {request['widths']!r}")
+        if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+            raise ValueError(f"class_names is {class_names!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say what the features beside it are: {error!r}") from error
+    return request, class_names
+
+
+def _read_shard(path: Path, rows: range) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Features and samples of the images that are rows of the data set.
+
+    Raises:
+        ValueError: a file is damaged, or the two don't belong together; the message names the file.
+    """
+    try:
+        if path.suffix == ".parquet":
+            features, samples = _read_parquet(path)
+        else:
+            samples = _read_samples(path.with_name(f"samples-{path.stem.partition('-')[2]}.csv"))
+            if path.suffix == ".npy":
+                features = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+            else:
+                features = read_safetensors(path)["features"]
+    except Exception as error:  # damaged files can make their readers raise anything
+        raise ValueError(f"{path} can't be read: {error!r}") from error
+    indices = [sample["index"] for sample in samples]
+    if len(features) != len(samples) or indices != sorted(set(indices) & set(rows)):
+        raise ValueError(
+            f"{path} has {len(features)} rows of features, and {len(samples)} samples of the {len(rows)} images from "
+            f"{rows.start} on: one of them is damaged, delete both and extract them anew"
+        )
+    return features, samples
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    text = read_text(path)
+    if not text.endswith("\n"):
+        raise ValueError(f"{path} is cut off")
+    return [
+        {"index": int(row["index"]), "name": row["name"], "label": json.loads(row["label"] or "null")}
+        for row in csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    ]
 
 
 register_dataset(_DATASET_NAME, FeatureFiles, keys=("root",), required=("root",))
@@ -403,7 +453,7 @@ def stored_model(dataset_strs: Iterable[str | None]) -> StoredFeatures | None:
         path = Path(parse_dataset_str(name)[1]["root"]).expanduser() / _MANIFEST
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent} holds no features: {_MANIFEST} is missing")
-        requests.append(json.loads(path.read_text())["request"])
+        requests.append(_read_manifest(path)[0])
     for name, request in zip(stored[1:], requests[1:], strict=True):
         for key in ("model", "tokens", "widths", "transform"):
             if request[key] != requests[0][key]:

@@ -8,13 +8,12 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dinov3 import distributed
 from dinov3.checkpointer import CheckpointRetentionPolicy
-from dinov3.eval.probe import ProbeCheckpoints, Stateful
+from dinov3.eval.probe import ProbeCheckpoints, Stateful, read_parts
 from dinov3.utils.files import atomically
 
 logger = logging.getLogger("dinov3")
@@ -66,7 +65,7 @@ class FlatCheckpoints(ProbeCheckpoints):
         newest = find_latest_checkpoint(self.folder if source is None else source)
         if newest is None:
             return 0
-        saved: dict[str, Any] = torch.load(newest, map_location="cpu", weights_only=True)
+        saved = read_parts(newest)
         if missing := [key for key in ("iteration", *self.state) if key not in saved and key not in self.optional]:
             raise ValueError(f"{newest} lacks {', '.join(missing)}; it has {', '.join(map(str, saved))}")
         done = int(saved["iteration"])

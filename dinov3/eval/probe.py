@@ -21,6 +21,7 @@ from dinov3.checkpointer import (
     find_all_checkpoints,
     keep_last_n_checkpoints,
 )
+from dinov3.checkpointer.files import read_file
 from dinov3.distributed.stopping import StopRequest
 from dinov3.distributed.watchdog import Watchdog
 from dinov3.logging import MetricLogger
@@ -66,6 +67,18 @@ class Stateful(Protocol):
         """Take them back."""
 
 
+def read_parts(path: Path) -> dict[str, Any]:
+    """The content of a file of a training's checkpoint: its parts by name.
+
+    Raises:
+        ValueError: the file is damaged, or something else; the message names it.
+    """
+    content = read_file(path, mapped=False)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path} is no checkpoint: it holds {type(content).__name__}, expected parts by name")
+    return content
+
+
 class ProbeCheckpoints:
     """Checkpoints `<folder>/<name>/checkpoint.pth`; names are iterations, `final` and `best`.
 
@@ -109,11 +122,12 @@ class ProbeCheckpoints:
             if source is not None:
                 raise FileNotFoundError(f"{source} holds no checkpoint (<iteration>/{_FILE} or {_FINAL}/{_FILE})")
             return 0
-        saved = torch.load(newest, map_location="cpu", weights_only=True)
-        done = int(saved["iteration"]) + 1
-        missing = [key for key in self.state if key not in saved and key not in self.optional]
+        saved = read_parts(newest)
+        needed = ("iteration", "best_accuracy", *self.state)
+        missing = [key for key in needed if key not in saved and key not in self.optional]
         if missing:
             raise ValueError(f"{newest} lacks {', '.join(missing)}; it has {', '.join(saved)}")
+        done = int(saved["iteration"]) + 1
         self.load(saved, done)
         self.best_accuracy = float(saved["best_accuracy"])
         logger.info("resumed %s: %d iterations are done", newest, done)

@@ -1,6 +1,5 @@
 """To and from Hugging Face transformers: build a model from a folder, write one, convert state dicts."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,22 @@ from dinov3.hub.loading import NoInit
 from dinov3.hub.registry import NORMALIZATIONS, Normalization, Weights
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
+from dinov3.utils.files import read_json
 
 __all__ = ["build_model_from_config", "export_hf_model", "hf_config", "load_hf_model", "to_hf", "to_meta"]
 
+# A config.json by a stranger must not make this machine build without end.
+_LARGEST = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 18,
+    "num_attention_heads": 1 << 16,
+    "num_register_tokens": 1 << 16,
+    "num_channels": 1 << 16,
+    "patch_size": 1 << 10,
+    "depths": 1000,
+    "hidden_sizes": 1 << 16,
+}
 _NORM_BY_EPS = {1e-6: "layernorm", 1e-5: "layernormbf16"}
 
 
@@ -39,8 +51,11 @@ def load_hf_model(source: str | os.PathLike[str], *, round_periods: bool = True)
     config = read_config(folder if folder.is_dir() else folder.parent)
     if not config:
         raise ValueError(f"{folder} has no config.json of a DINOv3 model (model_type dinov3_vit or dinov3_convnext)")
-    with NoInit():
-        model = build_model_from_config(config)
+    try:
+        with NoInit():
+            model = build_model_from_config(config)
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{folder}: config.json describes no network that can be built: {error}") from error
     load_weights(model, read_weights(folder, like=model, round_periods=round_periods))
     model.normalization = _statistics(folder)  # type: ignore[assignment]
     return model.eval()
@@ -51,11 +66,12 @@ def _statistics(folder: Path) -> Normalization:
     file = (folder if folder.is_dir() else folder.parent) / "preprocessor_config.json"
     if not file.exists():
         return NORMALIZATIONS[Weights.LVD1689M]
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     try:
-        return Normalization(tuple(content["image_mean"]), tuple(content["image_std"]))
-    except (KeyError, TypeError) as error:
+        (a, b, c), (d, e, f) = (map(float, content[key]) for key in ("image_mean", "image_std"))
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has no image_mean and image_std: {error!r}") from error
+    return Normalization((a, b, c), (d, e, f))
 
 
 def export_hf_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -75,6 +91,10 @@ def build_model_from_config(config: Mapping[str, Any]) -> nn.Module:
         ValueError: not a DINOv3 model, or options that our models do not have.
     """
     kind = config.get("model_type")
+    for key, largest in _LARGEST.items():
+        values = config[key] if isinstance(config.get(key), list) else [config.get(key, 1)]
+        if not all(isinstance(value, int) and 0 <= value <= largest for value in values):
+            raise ValueError(f"{key} is {config[key]}, expected at most {largest:,}")
     if kind == "dinov3_convnext":
         return ConvNeXt(
             in_chans=config.get("num_channels", 3),

@@ -5,7 +5,13 @@ from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dinov3.data.datasets.file_lists import ImagePairDataset, read_lines, require_root, require_split
+from dinov3.data.datasets.file_lists import (
+    ImagePairDataset,
+    read_lines,
+    require_inside,
+    require_root,
+    require_split,
+)
 
 
 class _Split(Enum):
@@ -27,7 +33,7 @@ class ADE20K(ImagePairDataset):
         transforms, transform, target_transform: as for torchvision's datasets.
 
     Raises:
-        ValueError: no root. TypeError: no split. FileNotFoundError: no list file.
+        ValueError: no root, or a list that names files elsewhere. TypeError: no split. FileNotFoundError: no list file.
     """
 
     Split = _Split
@@ -42,7 +48,8 @@ class ADE20K(ImagePairDataset):
     ) -> None:
         folder = require_root("ADE20K", root)
         self.split = require_split("ADE20K", split, _Split)
-        names = read_lines("ADE20K", folder / self.split.list_file)
+        listed = folder / self.split.list_file
+        names = [require_inside("ADE20K", name, listed) for name in read_lines("ADE20K", listed)]
         super().__init__(
             root=folder,
             image_paths=[f"images/{name}" for name in names],

@@ -69,11 +69,13 @@ class CaptionList(ImageList):
 
     def _take(self, images: list[str], labels: list[Any] | None) -> list[str]:
         if labels is None:
-            raise ValueError(f"CaptionList: the file has no column {self._caption_column!r} (caption_column)")
+            raise ValueError(f"CaptionList: {self._file} has no column {self._caption_column!r} (caption_column)")
         self._targets, self._class_names = None, []
         missing = [i for i, label in enumerate(labels) if not label]
         if missing:
-            raise ValueError(f"CaptionList: row {missing[0]} of {len(labels)} has no {self._caption_column}")
+            raise ValueError(
+                f"CaptionList: {self._file}: row {missing[0]} of {len(labels)} has no {self._caption_column}"
+            )
         if self._encoded is not None:  # rows of bytes: each is an image of its own
             self._captions = Captions([[str(label)] for label in labels])
             return images

@@ -1,6 +1,5 @@
 """COCO captions: images with several sentences each."""
 
-import json
 import random
 from collections.abc import Callable
 from enum import Enum
@@ -9,7 +8,8 @@ from typing import Any
 
 from dinov3.data.datasets.decoders import ImageDataDecoder, TargetDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.file_lists import require_root, require_split
+from dinov3.data.datasets.file_lists import require_inside, require_root, require_split
+from dinov3.utils.files import read_json
 
 
 class _Split(Enum):
@@ -39,7 +39,8 @@ class CocoCaptions(ExtendedVisionDataset):
         transforms, transform, target_transform: as for torchvision's datasets.
 
     Raises:
-        ValueError: no root. TypeError: no split. FileNotFoundError: no annotation file.
+        ValueError: no root, or an annotation file of another form. TypeError: no split. FileNotFoundError: no
+            annotation file.
     """
 
     Split = _Split
@@ -91,8 +92,19 @@ def _read_annotations(path: Path) -> list[tuple[str, list[str]]]:
     """(file name, captions) of every image that has captions."""
     if not path.is_file():
         raise FileNotFoundError(f"CocoCaptions: {path} is missing: it holds the captions of this split")
-    annotations = json.loads(path.read_text())
+    content = read_json(path)
     captions: dict[int, list[str]] = {}
-    for annotation in annotations["annotations"]:
-        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    return [(image["file_name"], captions[image["id"]]) for image in annotations["images"] if image["id"] in captions]
+    try:
+        for annotation in content["annotations"]:
+            captions.setdefault(int(annotation["image_id"]), []).append(_as_text(annotation["caption"]))
+        images = [(int(image["id"]), image["file_name"]) for image in content["images"]]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} is not in the form of COCO's captions: {error!r}") from error
+    named = [(require_inside("CocoCaptions", name, path), number) for number, name in images]
+    return [(name, captions[number]) for name, number in named if number in captions]
+
+
+def _as_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a caption is {value!r}")
+    return value

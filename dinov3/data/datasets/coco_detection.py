@@ -3,7 +3,7 @@
 Owns how such files are read, which objects count, and how their category ids become classes.
 """
 
-import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from torchvision import tv_tensors
 
 from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.file_lists import require_root
+from dinov3.data.datasets.file_lists import require_inside, require_root
+from dinov3.utils.files import read_json
 
 _KEYS = ("images", "annotations", "categories")
 # Ids up to here are classes as they are, so that heads trained on COCO (80 ids up to 90) and their files agree.
@@ -177,13 +178,16 @@ def read_instances(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"CocoDetection: {path} is missing: it holds the objects, in the form of COCO's instances"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+    content = read_json(path)
     lacking = [key for key in _KEYS if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if lacking:
         raise ValueError(f"{path} is not in the form of COCO's instances: it has no list of {', '.join(lacking)}")
+    for kind in _KEYS:
+        for one in content[kind]:
+            if problem := _problem(kind, one):
+                raise ValueError(f"{path}: {kind} hold {_shortened(one)}: {problem}")
+    for image in content["images"]:
+        require_inside("CocoDetection", image.get("file_name"), path)
     for kind in ("images", "categories"):
         repeated = [key for key, n in Counter(one["id"] for one in content[kind]).items() if n > 1]
         if repeated:
@@ -202,8 +206,30 @@ def read_instances(path: Path) -> dict[str, Any]:
     return content
 
 
+def _problem(kind: str, one: Any) -> str | None:
+    """Why an entry can't be used; references between entries are looked at elsewhere."""
+    if not isinstance(one, dict):
+        return "expected an object"
+    numbers = {"images": ("id", "height", "width"), "categories": ("id",), "annotations": ("image_id", "category_id")}
+    for key in numbers[kind]:
+        if not isinstance(one.get(key), int) or abs(one[key]) >= 2**63:
+            return f"{key} must be a whole number"
+    if kind == "images" and min(one["height"], one["width"]) < 1:
+        return "height and width must be positive"
+    return None
+
+
+def _shortened(value: Any, limit: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def _is_box(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 4 and all(isinstance(x, int | float) for x in value)
+    return isinstance(value, Sequence) and len(value) == 4 and all(_is_finite(x) for x in value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300 and math.isfinite(value)
 
 
 def _categories(content: Mapping[str, Any], path: Path) -> Categories:

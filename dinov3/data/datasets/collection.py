@@ -51,7 +51,7 @@ class ImageCollection(ExtendedVisionDataset):
         name = type(self).__name__
         if on_error not in ("skip", "raise"):
             raise ValueError(f"{name}: on_error must be 'skip' or 'raise', got {on_error!r}")
-        if channels is not None and channels < 1 or max_value is not None and max_value <= 0:
+        if channels is not None and channels < 1 or max_value is not None and not max_value > 0:
             raise ValueError(f"{name}: channels and max_value must be positive, got {channels} and {max_value}")
         if channels is None and max_value is not None:
             raise ValueError(f"{name}: max_value is for images read with channels=<number>")

@@ -89,12 +89,8 @@ class DepthFolder(PairFolder):
             raise ValueError(f"DepthFolder: {target_path} has no mask {paths[0]} (or of another extension)")
         return found.as_posix()
 
-    def decode_target(self, index: int) -> Depth:
-        """The depth map of a sample.
-
-        Raises:
-            ValueError: it can't be decoded, or its mask has another size.
-        """
+    def _decode_target(self, index: int) -> Depth:
+        """The depth map of a sample; an error if its mask has another size."""
         stored = read_depth(self.get_target(index))
         integers = np.issubdtype(stored.dtype, np.integer)
         scale = self.scale if self.scale is not None else (_MILLIMETRES if integers else 1.0)

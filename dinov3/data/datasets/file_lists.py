@@ -2,11 +2,16 @@
 
 from collections.abc import Callable
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
+
+import numpy as np
 
 from dinov3.data.datasets.decoders import DenseTargetDecoder, ImageDataDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.utils.files import read_text
+
+_TEXTS = ("class_id", "class_name", "filename")
 
 SplitT = TypeVar("SplitT", bound=Enum)
 
@@ -85,7 +90,55 @@ def read_lines(dataset: str, path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: the list is missing.
+        ValueError: it is no text, or names nothing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{dataset}: {path} is missing: it lists the samples of this split, one per line")
-    return sorted(line for line in path.read_text().splitlines() if line.strip())
+    lines = sorted(line for line in read_text(path).splitlines() if line.strip())
+    if not lines:
+        raise ValueError(f"{dataset}: {path} is empty: it lists the samples of this split, one per line")
+    return lines
+
+
+def read_index_array(dataset: str, path: Path, fields: tuple[str, ...]) -> np.ndarray:
+    """An array [n] of an index, mapped into memory.
+
+    Args:
+        dataset, path: for messages; the `.npy` file.
+        fields: names that it must have; none: it holds text.
+
+    Raises:
+        ValueError: it is damaged, or another array.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header can make its parser raise anything
+        raise ValueError(f"{dataset}: {path} is damaged, or no NumPy file: {error}") from error
+    kinds = {name: array.dtype[name].kind for name in array.dtype.names or ()} or {"": array.dtype.kind}
+    wanted = {name: ("U",) if name in _TEXTS else ("u", "i") for name in fields} or {"": ("U",)}
+    if array.ndim != 1 or any(kinds.get(name) not in allowed for name, allowed in wanted.items()):
+        raise ValueError(f"{dataset}: {path} holds {array.dtype} {array.shape}, expected an index: write it anew")
+    return array
+
+
+def require_inside(dataset: str, name: Any, origin: object) -> str:
+    """A path that a file of a data set gives, which has to lie below the data set's folder.
+
+    Data sets come from strangers: what one names must not be any other file of this machine.
+
+    Raises:
+        ValueError: it is no text, is absolute, or leads upwards.
+    """
+    try:
+        if isinstance(name, np.str_):  # stored as four bytes per character, whatever they are
+            name = name.encode("utf-32", "surrogatepass").decode("utf-32")
+    except (SystemError, UnicodeError) as error:
+        raise ValueError(f"{dataset}: {origin} is damaged: {error}") from error
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{dataset}: {origin} must name files, got {name!r}")
+    path = PurePath(name)
+    if path.is_absolute() or path.drive or ".." in path.parts:
+        raise ValueError(f"{dataset}: {origin} names {name!r}, which isn't below the folder of the data set")
+    return name

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3.data.datasets.collection import LabelledCollection
+from dinov3.data.datasets.file_lists import require_inside
 from dinov3.data.datasets.image_list import number_labels
 
 logger = logging.getLogger("dinov3")
@@ -58,7 +59,7 @@ class HuggingFaceDataset(LabelledCollection):
         self._targets = None
         self._class_names = []
         if label_column in table.column_names:
-            self._targets, self._class_names = number_labels(table.with_format(None)[label_column][:])
+            self._targets, self._class_names = number_labels(table.with_format(None)[label_column][:], root)
             self._class_names = list(getattr(table.features[label_column], "names", None) or self._class_names)
         self._images = _encoded_images(table, image_column)
         self._image_column = image_column
@@ -78,7 +79,9 @@ class HuggingFaceDataset(LabelledCollection):
             return value
         if value["bytes"] is not None:
             return value["bytes"]
-        return Path(value["path"]).read_bytes()
+        # Datasets that were saved hold their images. A path would be that of a file on the machine where it was made.
+        path = require_inside("HuggingFace", value["path"], self.root)
+        return (Path(self.root) / path).read_bytes()
 
 
 def _load(root: Path, split: str | None) -> Any:

@@ -10,8 +10,11 @@ import numpy as np
 
 from dinov3.data.datasets.collection import LabelledCollection
 from dinov3.data.datasets.packed import PackedStrings
+from dinov3.utils.files import read_text
 
 logger = logging.getLogger("dinov3")
+
+_MAX_DIGITS = 18  # what certainly fits into 64 bits
 
 
 class ImageList(LabelledCollection):
@@ -61,6 +64,7 @@ class ImageList(LabelledCollection):
             transform=transform,
             target_transform=target_transform,
         )
+        self._file = file
         if not file.is_file():
             raise FileNotFoundError(f"{type(self).__name__}: file={file} does not exist")
         self._encoded: Any = None
@@ -72,7 +76,7 @@ class ImageList(LabelledCollection):
 
     def _take(self, images: list[str], labels: list[Any] | None) -> list[str]:
         """Keep the labels of the file's rows; returns the images, by index."""
-        self._targets, self._class_names = number_labels(labels)
+        self._targets, self._class_names = number_labels(labels, self._file)
         return images
 
     def __len__(self) -> int:
@@ -92,12 +96,15 @@ class ImageList(LabelledCollection):
         if file.suffix == ".parquet":
             return self._read_parquet(file, image_column, label_column)
         if file.suffix not in (".csv", ".tsv"):
-            return [line for line in file.read_text().splitlines() if line.strip()], None
-        with file.open(newline="") as opened:
-            rows = csv.DictReader(opened, delimiter="\t" if file.suffix == ".tsv" else ",")
-            columns = rows.fieldnames or []
-            _require_column(file, image_column, columns, "image_column")
-            table = list(rows)
+            return [line for line in read_text(file).splitlines() if line.strip()], None
+        try:
+            with file.open(newline="", encoding="utf-8") as opened:
+                rows = csv.DictReader(opened, delimiter="\t" if file.suffix == ".tsv" else ",")
+                columns = rows.fieldnames or []
+                _require_column(file, image_column, columns, "image_column")
+                table = list(rows)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{type(self).__name__}: {file} can't be read as a table: {error}") from error
         if any(not row[image_column] for row in table):
             raise ValueError(f"{type(self).__name__}: {file} has rows without {image_column}")
         labels = [row[label_column] for row in table] if label_column in columns else None
@@ -108,22 +115,35 @@ class ImageList(LabelledCollection):
             import pyarrow.parquet as parquet
         except ImportError as error:
             raise ImportError(f"{type(self).__name__}: {file} needs pyarrow: pip install 'dinov3[formats]'") from error
-        columns = parquet.read_schema(file).names
-        _require_column(file, image_column, columns, "image_column")
-        kept = [column for column in (image_column, label_column) if column in columns]
-        table = parquet.read_table(file, columns=kept, memory_map=True)
-        labels = table[label_column].to_pylist() if label_column in columns else None
+        import pyarrow
+
+        try:
+            columns = parquet.read_schema(file).names
+            _require_column(file, image_column, columns, "image_column")
+            kept = [column for column in (image_column, label_column) if column in columns]
+            table = parquet.read_table(file, columns=kept, memory_map=True)
+            table.validate(full=True)
+            labels = table[label_column].to_pylist() if label_column in columns else None
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{type(self).__name__}: {file} can't be read as Parquet: {error}") from error
         images = table[image_column]
         if _is_struct(images):
             images = images.combine_chunks().field("bytes") if len(images) else images
         if _is_binary(images):
             self._encoded = images
             return [f"{file.name}[{row}]" for row in range(len(images))], labels
-        return images.to_pylist(), labels
+        paths = images.to_pylist()
+        if not all(isinstance(path, str) and path for path in paths):
+            raise ValueError(f"{type(self).__name__}: {file} has rows whose {image_column} is no path")
+        return paths, labels
 
 
-def number_labels(labels: Sequence[Any] | None) -> tuple[np.ndarray | None, list[str]]:
+def number_labels(labels: Sequence[Any] | None, origin: object) -> tuple[np.ndarray | None, list[str]]:
     """Class indices, int64 [n], and the names by class index if labels aren't whole numbers.
+
+    Args:
+        labels: as stored; None: there are none.
+        origin: where they come from, for messages.
 
     Raises:
         ValueError: some labels are missing.
@@ -132,8 +152,14 @@ def number_labels(labels: Sequence[Any] | None) -> tuple[np.ndarray | None, list
         return None, []
     texts = ["" if label is None else str(label) for label in labels]
     if "" in texts:
-        raise ValueError(f"sample {texts.index('')} has no label, while others have: give all a label, or none")
+        raise ValueError(
+            f"{origin}: sample {texts.index('')} has no label, while others have: give all a label, or none"
+        )
     if all(text.removeprefix("-").isdecimal() for text in texts):
+        if (longest := max(texts, key=len, default="")) and len(longest) > _MAX_DIGITS:
+            raise ValueError(
+                f"{origin}: a label has {len(longest)} digits: whole numbers of at most {_MAX_DIGITS} are classes"
+            )
         return np.array([int(text) for text in texts], dtype=np.int64), []
     names = sorted(set(texts))
     index = {name: i for i, name in enumerate(names)}

@@ -13,11 +13,12 @@ from torchvision.datasets.folder import find_classes, make_dataset
 
 from dinov3.data.datasets.decoders import ImageDataDecoder, TargetDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.file_lists import require_root, require_split
+from dinov3.data.datasets.file_lists import read_index_array, require_inside, require_root, require_split
 
 logger = logging.getLogger("dinov3")
 
 _LABELS_FILE = "labels.txt"
+_ENTRY_FIELDS = ("actual_index", "class_index", "class_id", "class_name")
 _NO_CLASS = 2**32 - 1
 _LENGTHS = {"train": 1_281_167, "val": 50_000, "test": 100_000}
 
@@ -108,7 +109,11 @@ class ImageNet(ExtendedVisionDataset):
     def get_image_relpath(self, index: int) -> str:
         """Path of a sample's image below the root."""
         entry = self._entries[index]
-        return self._split.get_image_relpath(int(entry["actual_index"]), str(entry["class_id"]))
+        class_id = "" if self._split is _Split.TEST else self._inside(entry["class_id"])
+        return self._split.get_image_relpath(int(entry["actual_index"]), class_id)
+
+    def _inside(self, class_id: Any) -> str:
+        return require_inside("ImageNet", class_id, self._extra_file("entries"))
 
     def get_image_data(self, index: int) -> bytes:
         """The encoded image of a sample."""
@@ -169,7 +174,7 @@ class ImageNet(ExtendedVisionDataset):
                 f"split=ImageNet.Split.{self._split.name}, root={str(self.root)!r}, "
                 f"extra={str(self._extra)!r}).dump_extra()"
             )
-        return np.load(path, mmap_mode="r")
+        return read_index_array("ImageNet", path, _ENTRY_FIELDS if kind == "entries" else ())
 
     def dump_extra(self) -> None:
         """Write the index files of this split from the images below the root.
@@ -223,8 +228,11 @@ def read_labels(path: Path) -> list[tuple[str, str]]:
     Raises:
         ValueError: a row without a name.
     """
-    with path.open(newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as a table: {error}") from error
     if short := [row for row in rows if len(row) < 2]:
         raise ValueError(f"{path}: rows must be 'wnid,name', got {','.join(short[0])!r}")
     return [(row[0], row[1]) for row in rows]

@@ -13,13 +13,16 @@ import numpy as np
 
 from dinov3.data.datasets.decoders import ImageDataDecoder, TargetDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.file_lists import require_root
+from dinov3.data.datasets.file_lists import read_index_array, require_inside, require_root
 from dinov3.data.datasets.memory_maps import MemoryMaps
+from dinov3.data.datasets.web_dataset import require_the_end_of_the_archive
+from dinov3.utils.files import read_text
 
 _BLOCK = 512
 _GZIP_MAGIC = b"\x1f\x8b"
 _SKIPPED = frozenset({"n06470073_47249.JPEG"})  # not an image, in the archive as distributed
 _LOG_LINE = re.compile(r"block (\d+): (.*)")
+_ENTRY_FIELDS = ("class_index", "class_id", "start_offset", "end_offset", "filename")
 _LOG_END = "** Block of NULs **"
 
 
@@ -76,7 +79,8 @@ class ImageNet22k(ExtendedVisionDataset):
     def get_image_data(self, index: int) -> bytes:
         """The encoded image of a sample, with the archive's zero padding at its end."""
         entry = self._entries[index]
-        archive = self._archives[Path(self.root) / f"{entry['class_id']}.tar"]
+        class_id = require_inside("ImageNet22k", entry["class_id"], self._extra)
+        archive = self._archives[Path(self.root) / f"{class_id}.tar"]
         data = archive[int(entry["start_offset"]) + _BLOCK : int(entry["end_offset"])]
         return gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data
 
@@ -115,7 +119,8 @@ class ImageNet22k(ExtendedVisionDataset):
                 f"ImageNet22k: {path} is missing. Write the index once with dinov3.data.datasets.ImageNet22k("
                 f"root={str(self.root)!r}, extra={str(self._extra)!r}).dump_extra()"
             )
-        return np.load(path, mmap_mode="r")
+        wanted = _ENTRY_FIELDS if name == "entries.npy" else ()
+        return read_index_array("ImageNet22k", path, wanted)
 
     def dump_extra(self) -> None:
         """Write the index files, from the archives' block logs (`root/blocks/<wnid>.log`) or else from the archives.
@@ -130,7 +135,9 @@ class ImageNet22k(ExtendedVisionDataset):
         rows = []
         for class_index, class_id in enumerate(class_ids):
             log = root / "blocks" / f"{class_id}.log"
-            members = _members_from_log(log) if log.is_file() else _members_from_archive(root / f"{class_id}.tar")
+            members = list(_members_from_log(log) if log.is_file() else _members_from_archive(root / f"{class_id}.tar"))
+            if not members:
+                raise ValueError(f"ImageNet22k: {root / f'{class_id}.tar'} holds nothing")
             rows += [(class_index, class_id, *member) for member in members if member.filename not in _SKIPPED]
         self._extra.mkdir(parents=True, exist_ok=True)
         np.save(self._extra / "entries.npy", _as_entries(rows))
@@ -141,7 +148,7 @@ class ImageNet22k(ExtendedVisionDataset):
 
 def _members_from_log(path: Path) -> Iterator[_Member]:
     """Lines `block <k>: <file>`, in order; a file reaches to the next line's block, the last line marks the end."""
-    lines = [_LOG_LINE.fullmatch(line.strip()) for line in path.read_text().splitlines() if line.strip()]
+    lines = [_LOG_LINE.fullmatch(line.strip()) for line in read_text(path).splitlines() if line.strip()]
     if not lines or None in lines or lines[-1].group(2) != _LOG_END:  # type: ignore[union-attr]
         raise ValueError(f"ImageNet22k: {path} must hold lines 'block <number>: <file>', the last one '{_LOG_END}'")
     offsets = [int(line.group(1)) * _BLOCK for line in lines]  # type: ignore[union-attr]
@@ -157,8 +164,9 @@ def _members_from_archive(path: Path) -> Iterator[_Member]:
                     # Not `member.offset`: a long name has blocks of its own before the header.
                     end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                     yield _Member(member.offset_data - _BLOCK, end, member.name)
-    except tarfile.TarError as error:
-        raise ValueError(f"ImageNet22k: {path} is not an uncompressed tar archive: {error}") from error
+            require_the_end_of_the_archive(archive)
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise ValueError(f"ImageNet22k: {path} is not an uncompressed tar archive, or is damaged: {error}") from error
 
 
 def _as_entries(rows: list[tuple[int, str, int, int, str]]) -> np.ndarray:

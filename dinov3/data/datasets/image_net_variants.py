@@ -4,7 +4,6 @@ Class numbers are those of ImageNet. What stands for which class is read from fi
 from a list in here.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from dinov3.data.datasets.collection import ImageCollection
 from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.datasets.image_net import read_labels
 from dinov3.data.datasets.index_cache import load_or_build_index
+from dinov3.utils.files import read_json, read_text
 
 logger = logging.getLogger("dinov3")
 
@@ -295,9 +295,18 @@ def _objectnet_classes(mappings: Path) -> dict[str, list[int]]:
     names_file = mappings / "imagenet_to_label_2012_v2"
     if not names_file.is_file():
         raise FileNotFoundError(f"ObjectNet: {names_file} is missing: {what}")
+    try:
+        return _match_objectnet(names_file, label_of_folder, imagenet_names, id_of_number)
+    except (TypeError, AttributeError, LookupError, OverflowError) as error:
+        raise ValueError(f"ObjectNet: the files in {mappings} are not {what}: {error!r}") from error
+
+
+def _match_objectnet(
+    names_file: Path, label_of_folder: Any, imagenet_names: Any, id_of_number: Any
+) -> dict[str, list[int]]:
     number_of_id = {int(found): int(number) for number, found in id_of_number.items()}
     number_of_name = {
-        name.strip(): number_of_id[i] for i, name in enumerate(names_file.read_text().splitlines()) if i in number_of_id
+        name.strip(): number_of_id[i] for i, name in enumerate(read_text(names_file).splitlines()) if i in number_of_id
     }
     classes = {}
     for folder, label in label_of_folder.items():
@@ -313,4 +322,4 @@ def _objectnet_classes(mappings: Path) -> dict[str, list[int]]:
 def _read_json(name: str, file: Path, what: str) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"{name}: {file} is missing: {what}")
-    return json.loads(file.read_text())
+    return read_json(file)

@@ -13,7 +13,6 @@ import logging
 import os
 import tempfile
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,7 +153,7 @@ def _read(file: Path, folder: Path) -> FolderIndex | None:
             )
     except FileNotFoundError:  # no cache yet, or a folder has gone
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive can make its readers raise anything
         logger.warning(f"ignoring the cached list of images {file}, which can't be read: {error!r}")
         return None
 

@@ -1,5 +1,6 @@
 """Images with any number of channels and bits: NPY, TIFF, and what Pillow reads."""
 
+import math
 from io import BytesIO
 from typing import Any
 
@@ -9,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 _NPY = b"\x93NUMPY"
+# A wrong header must not keep this machine busy: bytes of pixels in any TIFF file, or for each of its own.
+_ALWAYS_ALLOWED, _MAX_COMPRESSION = 1 << 28, 1 << 12
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -77,6 +80,9 @@ def _read_tiff(data: bytes) -> np.ndarray:
     except ImportError:
         return _from_pillow(data)
     with tifffile.TiffFile(BytesIO(data)) as file:
+        n_bytes = math.prod(file.series[0].shape) * file.series[0].dtype.itemsize
+        if n_bytes > max(_ALWAYS_ALLOWED, _MAX_COMPRESSION * len(data)):
+            raise ValueError(f"a TIFF file of {len(data):,} bytes says that it holds {n_bytes:,}")
         return file.asarray()
 
 

@@ -5,7 +5,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dinov3.data.datasets.file_lists import ImagePairDataset, read_lines, require_root, require_split
+from dinov3.data.datasets.file_lists import (
+    ImagePairDataset,
+    read_lines,
+    require_inside,
+    require_root,
+    require_split,
+)
 
 
 class _Split(Enum):
@@ -60,4 +66,5 @@ def _parse(line: str, file: str) -> tuple[str, str]:
     fields = line.split()
     if len(fields) != 3:
         raise ValueError(f"NYU: {file} must hold lines of three fields (image, depth map, focal length), got {line!r}")
-    return fields[0].strip("/"), fields[1].strip("/")
+    image, depth = (require_inside("NYU", name.strip("/"), file) for name in fields[:2])
+    return image, depth

@@ -90,6 +90,17 @@ class PairFolder(ImagePairDataset):
         Raises:
             ValueError: it can't be decoded.
         """
+        try:
+            return self._decode_target(index)
+        except OSError as error:
+            if error.errno is not None:  # of the file system; Pillow's own have no number
+                raise
+            raise ValueError(f"{Path(self.root) / self.target_paths[index]} can't be decoded: {error}") from error
+        except Exception as error:  # decoders of damaged files can raise anything
+            raise ValueError(f"{Path(self.root) / self.target_paths[index]} can't be decoded: {error}") from error
+
+    def _decode_target(self, index: int) -> Any:
+        """The decoded annotation, with any error that decoders raise."""
         return self.target_decoder(self.get_target(index)).decode()
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:

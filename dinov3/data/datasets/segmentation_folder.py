@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dinov3.data.datasets.pairs import PairFolder
+from dinov3.utils.files import read_text
 
 IGNORED = 255
 CLASS_FILE = "classes.txt"
@@ -106,4 +107,4 @@ class SegmentationFolder(PairFolder):
 def _read_class_names(path: Path) -> list[str] | None:
     if not path.is_file():
         return None
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]

@@ -10,7 +10,6 @@ import json
 import logging
 import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +107,7 @@ class WebDataset(LabelledCollection):
 
     def _take(self, labels: list[Any] | None) -> None:
         """Keep the labels of the samples, None for those without."""
-        self._targets, self._class_names = number_labels(labels)
+        self._targets, self._class_names = number_labels(labels, self.root)
 
     def _read_labels(self, label: str) -> list[Any] | None:
         where = self._index["numbers"]
@@ -117,8 +116,11 @@ class WebDataset(LabelledCollection):
         field = label.partition(":")[2]
         labels: list[Any] = []
         for shard, _, _, offset, size in where.tolist():
-            text = self._bytes(shard, offset, min(size, _MAX_LABEL_BYTES)).decode().strip() if size else None
-            labels.append(json.loads(text)[field] if text is not None and field else text)
+            try:
+                text = self._bytes(shard, offset, min(size, _MAX_LABEL_BYTES)).decode().strip() if size else None
+                labels.append(json.loads(text)[field] if text is not None and field else text)
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                raise ValueError(f"{self._shards[shard]} has a label that can't be read: {error!r}") from error
         return labels
 
 
@@ -178,10 +180,32 @@ def _scan(number: int, shard: Path, label: str, suffixes: tuple[str, ...]) -> It
                     images.setdefault(key, place)
                 elif f".{ending.lower()}" == label_suffix:
                     labels[key] = place
-    except (tarfile.TarError, EOFError) as error:
+            require_the_end_of_the_archive(archive)
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise ValueError(f"WebDataset: {shard} is not an uncompressed tar archive, or is damaged: {error}") from error
     for key, (offset, size) in images.items():
         yield _Sample(number, key, offset, size, *labels.get(key, (0, 0)))
+
+
+def require_the_end_of_the_archive(archive: tarfile.TarFile) -> None:
+    """Refuse an archive that doesn't end where its members, read by `tarfile`, have ended.
+
+    `tarfile` takes a header that it can't read, or the end of a file that is cut off, for the end of the archive, and
+    what comes after would be left out in silence.
+
+    Raises:
+        tarfile.ReadError: no blocks of zeros stand there, or something comes after them.
+    """
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it is cut off: the zeros at its end are missing")
+    while block:
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(f"after {archive.offset:,} bytes it has neither a member nor its end")
+        block = file.read(1 << 20)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -191,7 +215,7 @@ def _read(file: Path) -> dict[str, Any] | None:
             return {"numbers": stored["numbers"], "keys": keys}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive can make its readers raise anything
         logger.warning(f"ignoring the cached index {file}, which can't be read: {error!r}")
         return None
 

@@ -4,13 +4,13 @@ None are written down here: those of CLIP (MIT licence) come with the package `o
 """
 
 import importlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dinov3.eval.text.zero_shot import fill_templates
+from dinov3.utils.files import read_json, read_text
 
 OPEN_CLIP = "open_clip"
 DATASET = "dataset"
@@ -32,16 +32,18 @@ def read_lines(path: str | Path) -> list[str]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file} of class names or templates")
-    text = file.read_text(encoding="utf-8")
     if file.suffix == ".json":
-        found = json.loads(text)
+        found = read_json(file)
         if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
             raise ValueError(f"{file} must hold a JSON list of strings")
     else:
-        found = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        found = [line.strip() for line in read_text(file).splitlines() if line.strip() and not line.startswith("#")]
         header = [column.strip() for column in found[0].split("\t")] if found else []
         if "Name" in header:
-            found = [line.split("\t")[header.index("Name")].strip() for line in found[1:]]
+            rows = [line.split("\t") for line in found[1:]]
+            if short := [row for row in rows if len(row) <= header.index("Name")]:
+                raise ValueError(f"{file} has a row without Name: {short[0]}")
+            found = [row[header.index("Name")].strip() for row in rows]
     if not found:
         raise ValueError(f"{file} holds no class name or template")
     return found

@@ -102,7 +102,7 @@ def test_files_of_another_form_are_refused(toy: Path, change: Callable[[Any], An
     with pytest.raises(ValueError, match=message):
         CocoDetection(root=toy, split="train")
     path.write_text("{")
-    with pytest.raises(ValueError, match="is no JSON file"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         CocoDetection(root=toy, split="train")
 
 

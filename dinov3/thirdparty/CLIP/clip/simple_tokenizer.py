@@ -10,6 +10,7 @@ al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.2, 
 import gzip
 import html
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -128,16 +129,16 @@ class SimpleTokenizer:
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"{path} is no vocabulary: expected a gzip file of UTF-8 text ({error})") from error
     merges = []
     for number, line in enumerate(lines[1 : 1 + _N_MERGES], start=2):
         if not line.strip() and number == len(lines):  # after the last newline
             break
-        first, *rest = line.split()
-        if len(rest) != 1:
+        symbols = line.split()
+        if len(symbols) != 2:
             raise ValueError(f"{path}, line {number}: expected two symbols separated by a blank, got {line!r}")
-        merges.append((first, rest[0]))
+        merges.append((symbols[0], symbols[1]))
     return merges
 
 

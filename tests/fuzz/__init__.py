@@ -1,0 +1,1 @@
+"""Readers fed with damaged and with odd input: `python -m tests.fuzz --help`."""
