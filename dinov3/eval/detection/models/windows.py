@@ -59,7 +59,7 @@ class WindowsWrapper(nn.Module):
             for start in range(0, len(places), n_at_once):
                 chunk = places[start : start + n_at_once]
                 crops = [images[..., slice(*rows[i]), slice(*columns[j])] for i, j in chunk]
-                maps |= zip(chunk, self._backbone(torch.cat(crops)).split(images.shape[0]), strict=True)
+                maps |= zip(chunk, self._backbone(torch.cat(crops)).unflatten(0, (len(chunk), -1)), strict=True)
         lines = [torch.cat([maps[i, j] for j in range(len(columns))], dim=-1) for i in range(len(rows))]
         return torch.cat(lines, dim=-2)
 
