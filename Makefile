@@ -11,7 +11,7 @@ ready := $(VENV)/installed-$(call fingerprint,pyproject.toml constraints.txt)
 ready_min := .venv-min/installed-$(call fingerprint,pyproject.toml)
 pip := -m pip --disable-pip-version-check install --quiet --prefer-binary
 
-.PHONY: help install quickstart test test-slow test-slurm test-min smoke lint format docs bench clean
+.PHONY: help install quickstart test test-slow test-slurm test-min smoke lint format audit docs bench clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' Makefile | expand -t 18
@@ -44,6 +44,12 @@ lint: $(ready) ## Style, imports and types.
 format: $(ready) ## Sort imports, mend what can be mended, format.
 	$(run) -m ruff check --fix .
 	$(run) -m ruff format .
+
+audit: $(ready) ## Known weaknesses of the installed packages (pip-audit; asks a server, so not part of CI).
+	$(run) -m pip --disable-pip-version-check install --quiet pip-audit \
+	|| { echo "pip-audit can't be installed here: nothing was audited"; exit 1; }
+	$(run) -m pip_audit --skip-editable \
+	|| { echo "Weaknesses were found, or the list of them could not be reached: see above"; exit 1; }
 
 docs: $(ready) ## The documentation site, in site/.
 	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs build

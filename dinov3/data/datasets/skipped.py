@@ -64,7 +64,7 @@ class SkippedFiles:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # One write to a file opened for appending: lines of several processes don't mix.
-            with self.path.open("ab", buffering=0) as file:
+            with open(self.path, "ab", buffering=0, opener=_private if self.is_temporary else None) as file:
                 file.write(line.encode())
         except OSError as error:  # a full disk is no reason to end
             logger.warning(f"{name} was skipped ({reason}), which {self.path} does not say: {error}")
@@ -138,6 +138,11 @@ class _Report:
         if (text := self._skipped.summary(self._n_told)) is not None:
             logger.warning(text)
             self._n_told = len(self._skipped.read())
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that nobody else may read: in a folder that all users share."""
+    return os.open(path, flags, 0o600)
 
 
 def _remove(path: Path, owner: int) -> None:

@@ -110,7 +110,7 @@ class ForegroundClassifier:
                 f"{path.name} is a pickle, which can run any code when it is read: use the .npz file, or pass "
                 "trust_pickle=True if you wrote it yourself"
             )
-        model = pickle.loads(path.read_bytes())
+        model = pickle.loads(path.read_bytes())  # noqa: S301  (the caller has said so)
         return cls(torch.from_numpy(model.coef_[0]).float(), float(model.intercept_[0]))
 
     def _as_sklearn(self) -> object:

@@ -1,5 +1,6 @@
 import gc
 import logging
+import os
 import pickle
 from pathlib import Path
 
@@ -121,3 +122,10 @@ def test_log_lines_come_now_and_then(
         assert told() == 2
     assert "2 images can't be read so far" in caplog.text
     assert "New: b: x" in caplog.records[-1].message
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+def test_a_list_in_the_folder_of_all_users_is_for_its_owner_alone() -> None:
+    report = SkippedFiles()
+    report.add("private.jpg", "why")
+    assert report.path.stat().st_mode & 0o077 == 0
