@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ if not sys.platform.startswith("linux"):
     pytest.skip("finds processes in /proc", allow_module_level=True)
 
 SCRIPT = str(ROOT / "tests" / "helpers" / "tiny_training.py")
+STANDALONE = ["--standalone", "--nproc-per-node"]
 
 
 @pytest.fixture(scope="module")
@@ -119,21 +121,42 @@ def test_a_killed_or_stalled_rank_is_named_and_the_next_run_is_right(
     assert_same_training(tmp_path / "out", undisturbed)
 
 
-@pytest.mark.slow
-def test_torchrun_and_the_launcher_train_alike(arguments: list[str], undisturbed: Path, tmp_path: Path) -> None:
-    argv = with_output(arguments, tmp_path / "launcher")
-    code, output = finish(start(argv, "--ngpus", "2"))
-    assert code == 0, output
-    assert_same_training(tmp_path / "launcher", undisturbed)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["tests.helpers.tiny_training", *with_output(arguments, tmp_path / "torchrun")]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
-    assert_same_training(tmp_path / "torchrun", undisturbed)
+def torchrun(argv: Sequence[str], *flags: str) -> "subprocess.Popen[str]":
+    """The training under torchrun, running in its own process."""
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "tests.helpers.tiny_training", *argv]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.mark.slow
-def test_one_process_trains_as_without_a_launcher(arguments: list[str], tmp_path: Path) -> None:
-    code, output = finish(start(with_output(arguments, tmp_path / "launcher"), "--ngpus", "1"))
-    assert code == 0, output
-    train(with_output(arguments, tmp_path / "plain"))
-    assert_same_training(tmp_path / "launcher", tmp_path / "plain")
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_torchrun_and_the_launcher_train_alike(
+    n_processes: int, arguments: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    """And like a training that no launcher started."""
+    wanted = undisturbed if n_processes == 2 else tmp_path / "plain"
+    if n_processes == 1:
+        train(with_output(arguments, wanted))
+    for name, begin, flags in (("launcher", start, ["--ngpus"]), ("torchrun", torchrun, STANDALONE)):
+        code, output = finish(begin(with_output(arguments, tmp_path / name), *flags, f"{n_processes}"))
+        assert code == 0, output
+        assert_same_training(tmp_path / name, wanted)
+
+
+@pytest.mark.slow
+def test_two_nodes_of_torchrun_train_as_one(arguments: list[str], undisturbed: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    flags = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    nodes = [torchrun(with_output(arguments, tmp_path / "out"), *flags) for _ in range(2)]
+    for node in nodes:
+        code, output = finish(node)
+        assert code == 0, output
+    assert_same_training(tmp_path / "out", undisturbed)
