@@ -25,13 +25,16 @@ def quickstart_backbone() -> list[str] | None:
     return None
 
 
-def write_random_backbone(folder: Path, seed: int = 0, *, patch_size: int) -> tuple[Path, Path]:
+def write_random_backbone(
+    folder: Path, seed: int = 0, *, patch_size: int, layerscale: float = 1e-5
+) -> tuple[Path, Path]:
     """A small ViT with random weights: a training's configuration, and a file as a training exports it.
 
     Args:
         folder: of both files; made when needed.
         seed: of the weights.
         patch_size: [pixels].
+        layerscale: initial factor of what blocks add. With 1e-5 features are patches, projected at random.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, weights = folder / "backbone.yaml", folder / "backbone.pth"

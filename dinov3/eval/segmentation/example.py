@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.data.photos import available_photos, open_photo
-from dinov3.eval.example_backbone import quickstart_backbone
+from dinov3.eval.example_backbone import quickstart_backbone, write_random_backbone
 
 logger = logging.getLogger("dinov3")
 
@@ -210,12 +210,14 @@ def _settings(data: Path, strings: dict[str, str], n_classes: int, iterations: i
 
 
 def _default_backbone(folder: Path) -> list[str]:
-    """Arguments for the backbone of the quick start; without one, for a random backbone of its architecture."""
+    """Arguments for the backbone of the quick start; without one, for a random backbone of its architecture.
+
+    The random one is written beside the results, so that the head can be used later.
+    """
     if (found := quickstart_backbone()) is not None:
         return found
-    from dinov3.configs import train as recipes
-
-    return [f"model.config_file={Path(next(iter(recipes.__path__))) / 'quickstart.yaml'}"]
+    config, weights = write_random_backbone(folder, patch_size=PATCH, layerscale=1.0)
+    return [f"model.config_file={config}", f"model.pretrained_weights={weights}"]
 
 
 def write_report(folder: Path, results: dict[str, dict[str, float]]) -> Path:

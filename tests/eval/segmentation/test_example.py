@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dinov3.data import make_dataset
+from dinov3.eval.segmentation import predict
 from dinov3.eval.segmentation.example import RawPatches, draw_scene, main, make_example
 
 
@@ -62,3 +63,7 @@ def test_the_whole_example_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert f"| {rival} | " in report
     assert (tmp_path / "out/head/head.pth").is_file()
     assert (tmp_path / "out/head/pictures/0000.png").is_file()
+    picture = tmp_path / "out/data/images/val/0000.png"
+    argv = ["--head", f"{tmp_path}/out/head", "--images", str(picture), "--output-dir", str(tmp_path / "predicted")]
+    assert predict.main([*argv, "--backbone-weights", f"{tmp_path}/out/backbone.pth"]) == 0
+    assert (tmp_path / "predicted/0000_overlay.png").is_file()
