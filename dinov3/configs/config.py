@@ -161,12 +161,12 @@ def _user_layers(args: Any, *, allow_unknown_keys: bool) -> list[DictConfig]:
 
 
 def _from_overrides(overrides: list[str]) -> DictConfig:
-    for option in overrides:
+    for some in (*([option] for option in overrides), overrides):
         try:
-            OmegaConf.from_cli([option])
+            config = OmegaConf.from_cli(some)
         except Exception as error:  # parsers have error classes of their own
-            raise ValueError(f"the override {option!r} can't be read: {error}") from error
-    return OmegaConf.from_cli(overrides)
+            raise ValueError(f"the override {' '.join(some)!r} can't be read: {error}") from error
+    return config if overrides else OmegaConf.from_cli([])
 
 
 def _load_file(path: str | os.PathLike[str], *, allow_unknown_keys: bool) -> DictConfig:
@@ -214,7 +214,10 @@ def find_config_file(path: str | os.PathLike[str]) -> Path:
 
 
 def _merge(layers: Iterable[DictConfig]) -> DictConfig:
-    merged = OmegaConf.merge(*layers)
+    try:
+        merged = OmegaConf.merge(*layers)
+    except Exception as error:  # such as a value where a section stands; merging has error classes of its own
+        raise ValueError(f"the configuration can't be put together: {error}") from error
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -18,8 +18,6 @@ from tests.fuzz.core import run_one
 from tests.fuzz.readers import READERS
 from tests.fuzz.runner import State, run_slice
 
-_SLICE = 10_000
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
@@ -45,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         missing = wanted[name] - state.of(name).inputs
         if missing <= 0:
             break
-        run_slice(READERS[name], state.of(name), min(missing, _SLICE), seconds=rest)
+        run_slice(READERS[name], state.of(name), min(missing, max(wanted[name] // 20, 200)), seconds=rest)
         state.save()
     print("\n".join(state.report()))
     return 1 if any(state.of(name).failed for name in names) else 0

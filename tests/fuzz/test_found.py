@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from dinov3.checkpointer.files import read_dcp_metadata, read_file, read_safetensors
+from dinov3.configs.check import check_config
+from dinov3.configs.config import DinoV3SetupArgs, get_cfg_from_args
 from dinov3.data.datasets import ADE20K, NYU, CocoCaptions, CocoDetection, ImageList, ImageNet, ImageNet22k, WebDataset
 from dinov3.data.datasets.multichannel import MultiChannelDecoder
 from dinov3.eval.flat_checkpoints import FlatCheckpoints
@@ -217,3 +219,9 @@ def test_a_small_tiff_file_that_claims_gigabytes_is_refused_at_once() -> None:
     )
     with pytest.raises(ValueError, match="says that it holds"):
         MultiChannelDecoder(content, channels=4).decode()
+
+
+@pytest.mark.parametrize("override", ["optim=1", "optim.lr=[1,2", 'optim.lr="\\q"', "train=[]"])
+def test_overrides_that_cannot_be_read_or_merged_are_said_to_be(override: str) -> None:
+    with pytest.raises(ValueError, match="the override .* can't be read|can't be put together|optim|train"):
+        check_config(get_cfg_from_args(DinoV3SetupArgs(config_file="", opts=[override])))
