@@ -1,13 +1,14 @@
 """Multi-head self-attention, with rotary positions (backbones) or causal (text)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.layers.linear import apply_linear, linear
-from dinov3.layers.rope_position_encoding import RopeTables, rotate
+from dinov3.layers.rope_position_encoding import RopeTables, is_traced, rotate
 from dinov3.utils.tensors import cat_keep_shapes, uncat_with_shapes
 
 
@@ -76,7 +77,9 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, attn_bias: None = None, rope: RopeTables | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_bias: None = None, rope: RopeTables | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`.
 
         Args:
@@ -84,9 +87,12 @@ class SelfAttention(nn.Module):
             attn_bias: must be None.
             rope: sine and cosine tables `[P, d]`, or `[B, 1, P, d]` per sample, of the last P tokens; those before
                 keep their queries and keys.
+            rows: numbers of the tokens that are wanted, out of B * N; then only their outputs `[M, D]` are computed.
         """
         _refuse_bias(attn_bias)
         attended = self.compute_attention(apply_linear(self.qkv, x), rope)
+        if rows is not None:
+            attended = attended.flatten(0, 1).index_select(0, rows)
         out: Tensor = self.proj_drop(apply_linear(self.proj, attended))
         return out
 
@@ -128,6 +134,9 @@ class SelfAttention(nn.Module):
         """Queries, keys (both rotated) and values `[B, num_heads, N, d]` of `[B, N, 3 * D]`."""
         B, N, width = qkv.shape
         qkv = qkv.view(B, N, 3, self.num_heads, width // (3 * self.num_heads))  # [B, N, 3, A, d]
+        if rope is not None and qkv.requires_grad and torch.is_grad_enabled() and not is_traced():
+            q, k, v = _SplitHeads.apply(qkv, *rope)
+            return q, k, v
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
         if rope is not None:
             qk = _apply_rope(qk, rope)
@@ -182,6 +191,35 @@ class CausalSelfAttention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)
         out: Tensor = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
         return out
+
+
+class _SplitHeads(torch.autograd.Function):
+    """Rotated queries, rotated keys and values `[B, A, N, d]` of `[B, N, 3, A, d]`, the three in memory of their own.
+
+    The numbers are those of slices and `_apply_rope`. Autograd would keep the heads before the rotation too, and make
+    a gradient full of zeros for every slice. The gradient of a rotation is the rotation back, by the negative angle.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, sin: Tensor, cos: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(sin, cos)
+        B, N, _, A, d = qkv.shape
+        heads = qkv.new_empty(3, B, N, A, d)
+        heads[:2] = _apply_rope(qkv[:, :, :2], (sin, cos)).transpose(0, 2).transpose(1, 2)
+        heads[2] = qkv[:, :, 2]
+        return tuple(head.transpose(1, 2) for head in heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        sin, cos = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in grad_outputs)  # [B, N, A, d]
+        B, N, A, d = grad_q.shape
+        grad = grad_q.new_empty(B, N, 3, A, d)
+        back = -sin.roll(sin.shape[-1] // 2, dims=-1)  # halves change places; they are equal in tables of positions
+        for i, rotated in enumerate((grad_q, grad_k)):
+            grad[:, :, i] = _apply_rope(rotated.unsqueeze(2), (back, cos)).squeeze(2)
+        grad[:, :, 2] = grad_v
+        return grad, None, None
 
 
 def _apply_rope(qk: Tensor, rope: RopeTables) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.layers.attention import CausalSelfAttention, SelfAttention
-from dinov3.layers.drop_path import add_to_random_subset
+from dinov3.layers.drop_path import add_to_random_subset, draw_subset, rows_of_subset
 from dinov3.layers.ffn_layers import Mlp
 from dinov3.layers.layer_scale import LayerScale
 from dinov3.layers.rope_position_encoding import RopeTables
@@ -66,19 +66,25 @@ class SelfAttentionBlock(nn.Module):
 
     @overload
     def forward(
-        self, x_or_x_list: list[Tensor], rope_or_rope_list: Sequence[RopeTables | None] | None = None
+        self,
+        x_or_x_list: list[Tensor],
+        rope_or_rope_list: Sequence[RopeTables | None] | None = None,
+        rows_list: Sequence[Tensor | None] | None = None,
     ) -> list[Tensor]: ...
 
     def forward(
         self,
         x_or_x_list: Tensor | list[Tensor],
         rope_or_rope_list: RopeTables | Sequence[RopeTables | None] | None = None,
+        rows_list: Sequence[Tensor | None] | None = None,
     ) -> Tensor | list[Tensor]:
         """Tokens `[B, N, D]` to tokens, or a list of them (crops of several sizes) to a list.
 
         Args:
             x_or_x_list: tokens, or a list.
             rope_or_rope_list: sine and cosine tables, see `SelfAttention`; for a list one entry each, or None.
+            rows_list: with a list only: per entry None, or the numbers of the tokens that are wanted, out of B * N.
+                Of such an entry only their outputs `[M, D]` are computed, which are those that all tokens would give.
 
         Note: with stochastic depth each branch draws one permutation per entry: the attention branch for all entries
             first, then the feed-forward branch for all.
@@ -86,8 +92,44 @@ class SelfAttentionBlock(nn.Module):
         if isinstance(x_or_x_list, Tensor):
             return self._feed_forward(self._attention(x_or_x_list, rope_or_rope_list))  # type: ignore[arg-type]
         ropes = [None] * len(x_or_x_list) if rope_or_rope_list is None else rope_or_rope_list
+        if rows_list is not None:
+            return self._forward_rows(x_or_x_list, ropes, rows_list)  # type: ignore[arg-type]
         x_list = [self._attention(x, rope) for x, rope in zip(x_or_x_list, ropes, strict=True)]  # type: ignore[arg-type]
         return [self._feed_forward(x) for x in x_list]
+
+    def _forward_rows(
+        self, x_list: list[Tensor], ropes: Sequence[RopeTables | None], rows_list: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        entries = list(zip(x_list, rows_list, strict=True))
+        attended = [
+            self._attention(x, rope) if rows is None else self._attention_of_rows(x, rope, rows)
+            for (x, rows), rope in zip(entries, ropes, strict=True)
+        ]
+        return [
+            self._feed_forward(out) if rows is None else self._feed_forward_of_rows(out, rows, *x.shape[:2])
+            for out, (x, rows) in zip(attended, entries, strict=True)
+        ]
+
+    def _attention_of_rows(self, x: Tensor, rope: RopeTables | None, rows: Tensor) -> Tensor:
+        """`_attention`, all of whose tokens are seen, for some tokens `[M, D]`."""
+        wanted = x.flatten(0, 1).index_select(0, rows)
+        if not self._drops_samples:
+            return _add_scaled(wanted, self.attn(self.norm1(x), rope=rope, rows=rows), self.ls1)
+        chosen, scale = draw_subset(x.shape[0], self.sample_drop_ratio, x.device)
+        if rope is not None and rope[0].ndim == 4:
+            rope = rope[0][chosen], rope[1][chosen]
+        kept, rows_of_chosen = rows_of_subset(rows, x.shape[1], chosen, x.shape[0])
+        branch = self.ls1(self.attn(self.norm1(x.index_select(0, chosen)), rope=rope, rows=rows_of_chosen))
+        return torch.index_add(wanted, 0, kept, branch.to(wanted.dtype), alpha=scale)
+
+    def _feed_forward_of_rows(self, wanted: Tensor, rows: Tensor, batch: int, n_tokens: int) -> Tensor:
+        """`_feed_forward` of some tokens `[M, D]` of a batch."""
+        if not self._drops_samples:
+            return _add_scaled(wanted, self.mlp(self.norm2(wanted)), self.ls2)
+        chosen, scale = draw_subset(batch, self.sample_drop_ratio, wanted.device)
+        kept, _ = rows_of_subset(rows, n_tokens, chosen, batch)
+        branch = self.ls2(self.mlp(self.norm2(wanted.index_select(0, kept))))
+        return torch.index_add(wanted, 0, kept, branch.to(wanted.dtype), alpha=scale)
 
     def _attention(self, x: Tensor, rope: RopeTables | None) -> Tensor:
         if not self._drops_samples:

@@ -22,11 +22,34 @@ def add_to_random_subset(x: Tensor, branch: Callable[[Tensor, Tensor], Tensor], 
 
     Note: draws one random permutation of B numbers on the device of x.
     """
-    batch = x.shape[0]
-    kept = max(int(batch * (1 - drop_prob)), 1)
-    chosen = torch.randperm(batch, device=x.device)[:kept]
+    chosen, scale = draw_subset(x.shape[0], drop_prob, x.device)
     residual = branch(x.index_select(0, chosen), chosen)
-    return torch.index_add(x, 0, chosen, residual.to(x.dtype), alpha=batch / kept)
+    return torch.index_add(x, 0, chosen, residual.to(x.dtype), alpha=scale)
+
+
+def draw_subset(batch: int, drop_prob: float, device: torch.device) -> tuple[Tensor, float]:
+    """Indices `[S]` of a random subset of a batch, and the factor on its branch; see `add_to_random_subset`."""
+    kept = max(int(batch * (1 - drop_prob)), 1)
+    return torch.randperm(batch, device=device)[:kept], batch / kept
+
+
+def rows_of_subset(rows: Tensor, n_tokens: int, chosen: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Those of some tokens that belong to chosen samples, and where they stand among the tokens of these.
+
+    Args:
+        rows: numbers of the tokens `[M]`, out of `batch * n_tokens`.
+        n_tokens: of each sample.
+        chosen: indices of the chosen samples `[S]`.
+        batch: number of samples.
+
+    Returns:
+        Positions in `rows`, and numbers out of `S * n_tokens`; as many.
+    """
+    place = torch.full((batch,), -1, device=rows.device)  # of each sample among the chosen ones
+    place[chosen] = torch.arange(len(chosen), device=rows.device)
+    places = place[rows // n_tokens]
+    kept = (places >= 0).nonzero().squeeze(1)
+    return kept, places[kept] * n_tokens + rows[kept] % n_tokens
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_by_keep: bool = True) -> Tensor:

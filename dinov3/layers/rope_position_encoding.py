@@ -116,7 +116,7 @@ class RopePositionEmbedding(nn.Module):
         Note: random draws in training mode, in this order: shift (2 values: row, column), jitter (2), rescale (1).
             Tables without random parts are kept until `periods` changes.
         """
-        if self.is_random or _is_traced() or self.periods.is_inference():
+        if self.is_random or is_traced() or self.periods.is_inference():
             return self._compute(H, W, n_prefix)
         if self._cached_periods is not self.periods or self._cached_version != self.periods._version:
             self._cache = {}  # loaded, moved or changed in place
@@ -178,25 +178,27 @@ def rotate(x: Tensor, tables: RopeTables) -> Tensor:
     if torch.promote_types(x.dtype, sin.dtype) != sin.dtype:
         x = x.to(sin.dtype)
     (a, b), (sin_a, sin_b) = x.chunk(2, -1), sin.chunk(2, -1)
-    if _may_fuse(x, sin, cos):
+    if _may_write(x, sin, cos):
         out = x * cos
-        out[..., : a.shape[-1]].addcmul_(b, sin_a, value=-1)
-        out[..., a.shape[-1] :].addcmul_(a, sin_b)
+        out_a, out_b = out.chunk(2, -1)
+        if sin.dtype in (torch.bfloat16, torch.float16):  # each product is rounded, which is part of their definition
+            out_a.sub_(b * sin_a)
+            out_b.add_(a * sin_b)
+        else:
+            out_a.addcmul_(b, sin_a, value=-1)
+            out_b.addcmul_(a, sin_b)
         return out
     cos_a, cos_b = cos.chunk(2, -1)
     return torch.cat([a * cos_a - b * sin_a, b * cos_b + a * sin_b], dim=-1)
 
 
-def _may_fuse(x: Tensor, sin: Tensor, cos: Tensor) -> bool:
-    """Whether to rotate in place, with half the memory traffic: outside autograd and compilation, with float32 tables.
-
-    Narrower tables round each product, which is part of their definition; a fused multiply-add would not.
-    """
-    if _is_traced() or sin.dtype in (torch.bfloat16, torch.float16):
+def _may_write(x: Tensor, sin: Tensor, cos: Tensor) -> bool:
+    """Whether to rotate in place, with half the memory traffic: outside autograd and compilation."""
+    if is_traced():
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or sin.requires_grad or cos.requires_grad))
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether this call is recorded (compiled, exported, traced): its graph must not depend on what ran before."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()

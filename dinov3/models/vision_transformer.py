@@ -63,6 +63,7 @@ class DinoVisionTransformer(nn.Module):
     """
 
     chunked_blocks = False
+    selects_patches = True  # `forward_features` takes `patch_indices`
 
     def __init__(
         self,
@@ -208,12 +209,13 @@ class DinoVisionTransformer(nn.Module):
         x: Tensor | Sequence[Tensor],
         masks: Tensor | Sequence[Tensor | None] | None = None,
         is_training: bool = False,
+        patch_indices: Sequence[Tensor | None] | None = None,
     ) -> Any:
         """Normed class tokens `[B, D]` of images `[B, C, H, W]`, or a list of them for a list.
 
         With `is_training` returns what `forward_features` returns.
         """
-        features = self.forward_features(x, masks)
+        features = self.forward_features(x, masks, patch_indices)
         if is_training:
             return features
         if isinstance(features, list):
@@ -221,13 +223,19 @@ class DinoVisionTransformer(nn.Module):
         return self.head(features["x_norm_clstoken"])
 
     def forward_features(
-        self, x: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+        self,
+        x: Tensor | Sequence[Tensor],
+        masks: Tensor | Sequence[Tensor | None] | None = None,
+        patch_indices: Sequence[Tensor | None] | None = None,
     ) -> Features | list[Features]:
         """All tokens after the last block, normed.
 
         Args:
             x: images `[B, C, H, W]`, or a list of batches of several sizes, global crops first, local crops second.
             masks: booleans `[B, P]`, true where the mask token stands in for the patch; a list (or None) for a list.
+            patch_indices: with a list only: for each entry None, or the patches that are wanted, as numbers `[M]` out
+                of B * P. Of such an entry the last block computes only these and the class tokens, and its dict has
+                `x_norm_clstoken` `[B, D]`, `x_norm_patchtokens` `[M, D]` (in that order) and `masks` alone.
 
         Returns:
             A dict: `x_norm_clstoken` `[B, D]`, `x_storage_tokens` `[B, R, D]` (normed), `x_norm_patchtokens`
@@ -235,7 +243,7 @@ class DinoVisionTransformer(nn.Module):
         """
         if isinstance(x, Tensor):
             return self._forward_list([x], [masks])[0]  # type: ignore[list-item]
-        return self._forward_list(list(x), [None] * len(x) if masks is None else list(masks))
+        return self._forward_list(list(x), [None] * len(x) if masks is None else list(masks), patch_indices)
 
     def get_intermediate_layers(
         self,
@@ -284,15 +292,33 @@ class DinoVisionTransformer(nn.Module):
     def _n_prefix(self) -> int:
         return 1 + self.n_storage_tokens
 
-    def _forward_list(self, images: list[Tensor], masks: list[Tensor | None]) -> list[Features]:
+    def _forward_list(
+        self,
+        images: list[Tensor],
+        masks: list[Tensor | None],
+        patch_indices: Sequence[Tensor | None] | None = None,
+    ) -> list[Features]:
         tokens = [self._embed(x, mask) for x, mask in zip(images, masks, strict=True)]
         grids = [self.patch_embed.grid_size(*x.shape[-2:]) for x in images]
         tables = _Tables(self.rope_embed, grids, self._n_prefix)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             tokens = block(tokens, tables.for_block())
+        rows_list: list[Tensor | None] = [None] * len(images)
+        if patch_indices is None:
+            tokens = last(tokens, tables.for_block())
+        else:
+            chosen = zip(tokens, patch_indices, strict=True)
+            rows_list = [None if indices is None else self._rows(x, indices) for x, indices in chosen]
+            tokens = last(tokens, tables.for_block(), rows_list)
         features: list[Features] = []
-        for index, (x, mask) in enumerate(zip(tokens, masks, strict=True)):
-            prefix, patches = self._norm(x, local_crops=self.training and index == 1)
+        for index, (x, mask, rows) in enumerate(zip(tokens, masks, rows_list, strict=True)):
+            local_crops = self.training and index == 1
+            if rows is not None:
+                prefix, patches = self._norm(x.unsqueeze(0), local_crops=local_crops, n_prefix=len(images[index]))
+                features.append({"x_norm_clstoken": prefix[0], "x_norm_patchtokens": patches[0], "masks": mask})
+                continue
+            prefix, patches = self._norm(x, local_crops=local_crops)
             features.append(
                 {
                     "x_norm_clstoken": prefix[:, 0],
@@ -303,6 +329,14 @@ class DinoVisionTransformer(nn.Module):
                 }
             )
         return features
+
+    def _rows(self, tokens: Tensor, patch_indices: Tensor) -> Tensor:
+        """Numbers, out of B * N, of the class tokens and then of some patches, numbered out of B * P."""
+        n_samples, n_tokens, _ = tokens.shape
+        n_patches = n_tokens - self._n_prefix
+        cls_rows = torch.arange(0, n_samples * n_tokens, n_tokens, device=tokens.device)
+        patch_rows = patch_indices // n_patches * n_tokens + self._n_prefix + patch_indices % n_patches
+        return torch.cat([cls_rows, patch_rows])
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """Class, storage and patch tokens `[B, N, D]`."""
@@ -319,16 +353,17 @@ class DinoVisionTransformer(nn.Module):
         # Under autocast patches are bfloat16; concatenation lifts the residual stream to the float32 of the tokens.
         return torch.cat([*(token.expand(images.shape[0], -1, -1) for token in prefix), patches], dim=1)
 
-    def _norm(self, x: Tensor, local_crops: bool = False) -> tuple[Tensor, Tensor]:
-        """Normed class and storage tokens, and normed patches."""
+    def _norm(self, x: Tensor, local_crops: bool = False, n_prefix: int | None = None) -> tuple[Tensor, Tensor]:
+        """Normed class and storage tokens (the first `n_prefix` tokens, by default a sample's), normed patches."""
         prefix_norm = self.local_cls_norm if local_crops and self.local_cls_norm is not None else self.cls_norm
         if prefix_norm is None:
-            return self._split(self.norm(x))
-        prefix, patches = self._split(x)
+            return self._split(self.norm(x), n_prefix)
+        prefix, patches = self._split(x, n_prefix)
         return prefix_norm(prefix), self.norm(patches)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[:, : self._n_prefix], x[:, self._n_prefix :]
+    def _split(self, x: Tensor, n_prefix: int | None = None) -> tuple[Tensor, Tensor]:
+        n = self._n_prefix if n_prefix is None else n_prefix
+        return x[:, :n], x[:, n:]
 
 
 class _Tables:

@@ -68,6 +68,7 @@ class MultiDistillationMetaArch(SSLMetaArch):
         teacher_temp: float,
         n_masked_patches_tensor: Tensor,
         upperbound: int | None = None,
+        all_tokens: bool = True,
         global_batch_size: int | None = None,
     ) -> Outputs:
         """Targets for this rank's B_s student samples, from the B_t samples that each rank loaded.
@@ -78,6 +79,7 @@ class MultiDistillationMetaArch(SSLMetaArch):
             images: [G, B_t, 3, H, W], the rank's own global crops.
             mask_indices_list: [M] positions in the flattened [G * B_s, P] masks.
             teacher_temp, n_masked_patches_tensor, upperbound: as in `SSLMetaArch.get_teacher_output`.
+            all_tokens: accepted and unused.
             global_batch_size: Bg; None: the number of samples that all ranks loaded.
 
         Returns:

@@ -155,12 +155,14 @@ class SSLMetaArch(MetaArch):
         global_crops = batch["collated_global_crops"].unflatten(0, (N_GLOBAL_CROPS, -1))  # [G, B, 3, H, W]
         local_crops = batch["collated_local_crops"].unflatten(0, (-1, global_crops.shape[1]))  # [L, B, 3, h, w]
         masks, mask_indices = batch["collated_masks"], batch["mask_indices_list"]
+        all_tokens = self._reads_all_tokens(global_crops.device)
         teacher_global = self.get_teacher_output(
             global_crops,
             teacher_temp=teacher_temp,
             n_masked_patches_tensor=batch["n_masked_patches"],
             mask_indices_list=mask_indices,
             upperbound=batch.get("upperbound"),
+            all_tokens=all_tokens,
         )
         monitors = collapse_monitors(teacher_global) if self.monitor else {}
         student_global, student_local = self.get_student_output(
@@ -169,6 +171,7 @@ class SSLMetaArch(MetaArch):
             masks=masks,
             mask_indices_list=mask_indices,
             upperbound=batch.get("upperbound"),
+            all_tokens=all_tokens,
         )
         gram_global = None
         if self.gram_lifecycle.use_loss:
@@ -191,6 +194,18 @@ class SSLMetaArch(MetaArch):
         )
         return total, losses | monitors
 
+    def _reads_all_tokens(self, device: torch.device) -> bool:
+        """Whether the last block has to compute other tokens than the losses of DINO and iBOT read.
+
+        Compiled blocks do so anyway: they want the same shapes in every iteration. So do backbones that can't select.
+        """
+        cfg = self.cfg
+        selects = all(
+            getattr(network["backbone"], "selects_patches", False) for network in (self.student, self.teacher)
+        )
+        compiled = cfg.train.compile and device.type != "cpu"
+        return self.gram_lifecycle.use_loss or cfg.distillation.enabled or compiled or not selects
+
     @torch.no_grad()
     def get_teacher_output(
         self,
@@ -200,6 +215,7 @@ class SSLMetaArch(MetaArch):
         teacher_temp: float,
         n_masked_patches_tensor: Tensor,
         upperbound: int | None = None,
+        all_tokens: bool = True,
     ) -> Outputs:
         """Targets: the teacher on unmasked global crops.
 
@@ -209,21 +225,23 @@ class SSLMetaArch(MetaArch):
             teacher_temp: temperature of the targets.
             n_masked_patches_tensor: [1] int64, M of this process.
             upperbound: accepted and unused.
+            all_tokens: otherwise `reg_pre_head` and `patch_pre_head` are left out, and the last block computes only
+                CLS tokens and masked patches. The others are equal.
 
         Returns:
             `cls_pre_head` [G, B, D], `reg_pre_head` [G, B, R, D], `patch_pre_head` [G, B, P, D], `cls_after_head`
             [G, B, K], `cls_centered` [G, B, K] (rows sum to 1), `masked_patch_centered` [M, K of iBOT].
         """
         crops_and_samples = images.shape[:2]
-        tokens = self.teacher["backbone"](self._at_teacher_resolution(images.flatten(0, 1)), is_training=True)
-        cls, patches = tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]  # [G*B, D], [G*B, P, D]
-        masked = patches.flatten(0, 1).index_select(0, mask_indices_list)  # [M, D]
+        seen = [self._at_teacher_resolution(images.flatten(0, 1))]
+        selected = {} if all_tokens else {"patch_indices": [mask_indices_list]}
+        (tokens,) = self.teacher["backbone"](seen, is_training=True, **selected)
+        cls, patches = tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]  # [G*B, D]; [G*B, P, D] or [M, D]
+        masked = patches.flatten(0, 1).index_select(0, mask_indices_list) if all_tokens else patches  # [M, D]
         masked_logits = self.teacher["ibot_head"](masked)
         cls_logits = self.teacher["dino_head"](cls)
-        return {
+        outputs: Outputs = {
             "cls_pre_head": cls.unflatten(0, crops_and_samples),
-            "reg_pre_head": tokens["x_storage_tokens"].unflatten(0, crops_and_samples),
-            "patch_pre_head": patches.unflatten(0, crops_and_samples),
             "cls_after_head": cls_logits.unflatten(0, crops_and_samples),
             "cls_centered": self.dino_loss.sinkhorn_knopp_teacher(cls_logits, teacher_temp=teacher_temp).unflatten(
                 0, crops_and_samples
@@ -232,6 +250,10 @@ class SSLMetaArch(MetaArch):
                 masked_logits, teacher_temp=teacher_temp, n_masked_patches_tensor=n_masked_patches_tensor
             ),
         }
+        if all_tokens:
+            outputs["reg_pre_head"] = tokens["x_storage_tokens"].unflatten(0, crops_and_samples)
+            outputs["patch_pre_head"] = patches.unflatten(0, crops_and_samples)
+        return outputs
 
     def _at_teacher_resolution(self, images: Tensor) -> Tensor:
         """Global crops as a frozen teacher sees them: shrunk by the resolution scale (a student of larger stride)."""
@@ -249,6 +271,7 @@ class SSLMetaArch(MetaArch):
         masks: Tensor,
         mask_indices_list: Tensor,
         upperbound: int | None = None,
+        all_tokens: bool = True,
     ) -> tuple[Outputs, Outputs]:
         """The student on masked global crops and on local crops, in one pass over the backbone.
 
@@ -257,6 +280,7 @@ class SSLMetaArch(MetaArch):
             masks: [G*B, P] bool; not applied in distillation, whose student sees unmasked crops.
             mask_indices_list: [M] int64.
             upperbound: accepted and unused.
+            all_tokens: see `get_teacher_output`; of local crops only CLS tokens are left.
 
         Returns:
             (global, local) dictionaries: `cls_pre_head` [S, B, D], `reg_pre_head`, `patch_pre_head`, `cls_after_head`
@@ -264,16 +288,20 @@ class SSLMetaArch(MetaArch):
         """
         n_global, n_samples = global_crops.shape[:2]
         seen_masks = None if self.cfg.distillation.enabled else masks
+        selected = {} if all_tokens else {"patch_indices": [mask_indices_list, mask_indices_list[:0]]}
         tokens_global, tokens_local = self.student["backbone"](
-            [global_crops.flatten(0, 1), local_crops.flatten(0, 1)], masks=[seen_masks, None], is_training=True
+            [global_crops.flatten(0, 1), local_crops.flatten(0, 1)],
+            masks=[seen_masks, None],
+            is_training=True,
+            **selected,
         )
-        patches = tokens_global["x_norm_patchtokens"]
-        if patches.shape[1] != masks.shape[1]:
+        patches = tokens_global["x_norm_patchtokens"]  # [G*B, P, D] or [M, D]
+        if all_tokens and patches.shape[1] != masks.shape[1]:
             raise ValueError(
                 f"masks are of {masks.shape[1]} patches, but the student makes {patches.shape[1]} of a global crop: "
                 "student.patch_size * crops.teacher_to_student_resolution_scale must be its stride (ConvNeXt: 32)"
             )
-        masked = patches.flatten(0, 1).index_select(0, mask_indices_list)  # [M, D]
+        masked = patches.flatten(0, 1).index_select(0, mask_indices_list) if all_tokens else patches  # [M, D]
         masked_logits = self.student["ibot_head"](masked)
         both_cls = torch.cat([tokens_global["x_norm_clstoken"], tokens_local["x_norm_clstoken"]])  # [(G+L)*B, D]
         cls_logits = self.student["dino_head"](both_cls).split(
@@ -281,12 +309,11 @@ class SSLMetaArch(MetaArch):
         )
 
         def outputs(tokens: Outputs, logits: Tensor) -> Outputs:
-            return {
-                "cls_pre_head": tokens["x_norm_clstoken"].unflatten(0, (-1, n_samples)),
-                "reg_pre_head": tokens["x_storage_tokens"].unflatten(0, (-1, n_samples)),
-                "patch_pre_head": tokens["x_norm_patchtokens"].unflatten(0, (-1, n_samples)),
-                "cls_after_head": logits.unflatten(0, (-1, n_samples)),
-            }
+            found = {"cls_pre_head": tokens["x_norm_clstoken"].unflatten(0, (-1, n_samples))}
+            if all_tokens:
+                found["reg_pre_head"] = tokens["x_storage_tokens"].unflatten(0, (-1, n_samples))
+                found["patch_pre_head"] = tokens["x_norm_patchtokens"].unflatten(0, (-1, n_samples))
+            return found | {"cls_after_head": logits.unflatten(0, (-1, n_samples))}
 
         student_global = outputs(tokens_global, cls_logits[0])
         student_global |= {"masked_patch_after_head": masked_logits, "masked_patch_pre_head": masked}

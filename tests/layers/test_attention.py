@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from dinov3.layers import CausalSelfAttention, LinearKMaskedBias, SelfAttention
+from dinov3.layers.attention import _apply_rope
 
 
 def test_k_masked_bias_is_right_from_the_start() -> None:
@@ -101,3 +102,29 @@ def test_attention_equals_its_definition() -> None:
     q, k, v = attention.qkv(x).view(2, 7, 3, 4, 8).permute(2, 0, 3, 1, 4)
     weights = F.softmax(q @ k.transpose(-1, -2) / 8**0.5, dim=-1)
     torch.testing.assert_close(attention(x), attention.proj((weights @ v).transpose(1, 2).reshape(2, 7, 32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_gradient_of_split_heads_is_that_of_slices_and_rotations(dtype: torch.dtype, per_sample: bool) -> None:
+    attention, x = make_attention(), torch.randn(2, 7, 32)
+    rope = tuple(t.to(dtype) for t in tables(6))
+    rope = tuple(t.expand(2, 1, -1, -1) for t in rope) if per_sample else rope
+    found = {}
+    for name in ("autograd", "ours"):
+        qkv = attention.qkv(x).detach().requires_grad_()
+        if name == "autograd":  # the plain form: slices, one rotation, slices
+            heads = qkv.view(2, 7, 3, 4, 8)
+            rotated = _apply_rope(heads[:, :, :2], rope)
+            q, k, v = (t.transpose(1, 2) for t in (rotated[:, :, 0], rotated[:, :, 1], heads[:, :, 2]))
+        else:
+            q, k, v = attention._split_heads(qkv, rope)
+        F.scaled_dot_product_attention(q, k, v).square().sum().backward()
+        found[name] = q, k, v, qkv.grad
+    for ours, plain in zip(found["ours"], found["autograd"], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_chosen_rows_are_those_of_all() -> None:
+    attention, x, rope, rows = make_attention(), torch.randn(3, 7, 32), tables(6), torch.tensor([20, 0, 7, 3])
+    torch.testing.assert_close(attention(x, rope=rope, rows=rows), attention(x, rope=rope).flatten(0, 1)[rows])

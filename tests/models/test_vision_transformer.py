@@ -249,3 +249,18 @@ def test_models_import_with_torch_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("options", [{}, {"untie_cls_and_patch_norms": True, "untie_global_and_local_cls_norm": True}])
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
+def test_chosen_patches_are_those_of_all(options: dict[str, bool], drop_path_rate: float) -> None:
+    model = make(drop_path_rate=drop_path_rate, **options).train()
+    images = [torch.randn(4, 3, 8, 12), torch.randn(3, 3, 8, 8)]
+    indices = [torch.tensor([13, 0, 7]), torch.tensor([], dtype=torch.int64)]
+    torch.manual_seed(0)
+    everything = model(images, is_training=True)
+    torch.manual_seed(0)  # the same samples skip branches
+    chosen = model(images, is_training=True, patch_indices=indices)
+    for got, want, patches in zip(chosen, everything, indices, strict=True):
+        torch.testing.assert_close(got["x_norm_clstoken"], want["x_norm_clstoken"])
+        torch.testing.assert_close(got["x_norm_patchtokens"], want["x_norm_patchtokens"].flatten(0, 1)[patches])

@@ -47,9 +47,14 @@ def build(overrides: dict[str, Any]) -> tuple[SSLMetaArch, ReferenceTraining, An
     return ours, reference, cfg
 
 
+@pytest.mark.parametrize("all_tokens", [False, True])
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.4])
-def test_loss_and_every_gradient_are_those_of_the_equations(drop_path_rate: float) -> None:
+def test_loss_and_every_gradient_are_those_of_the_equations(
+    drop_path_rate: float, all_tokens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, reference, cfg = build({"student": {"drop_path_rate": drop_path_rate}})
+    assert not ours._reads_all_tokens(torch.device("cpu"))  # the last block computes only what is read
+    monkeypatch.setattr(ours, "_reads_all_tokens", lambda device: all_tokens)
     batch = build_batch(cfg, {"b": 4, "threshold": 0.4, "empty": [1, 6]}, "reference")
     torch.manual_seed(1)
     loss, _ = ours.forward_backward(batch, teacher_temp=0.07)
