@@ -193,7 +193,7 @@ def _write_onnx(graph: nn.Module, example: Tensor, shapes: Any, name: str, outpu
 
 
 def _write_program(graph: nn.Module, example: Tensor, shapes: Any, name: str, outputs: list[str], file: Path) -> None:
-    torch.export.save(torch.export.export(graph, (example,), dynamic_shapes=shapes), file)
+    torch.export.save(torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=False), file)
 
 
 _WRITERS: dict[str, Callable[..., None]] = {"onnx": _write_onnx, "pt2": _write_program}
