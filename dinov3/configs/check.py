@@ -215,8 +215,9 @@ def _crops(cfg: Config) -> Iterator[str]:
     for key in ("rgb_mean", "rgb_std"):
         if len(crops[key]) != cfg["student"]["in_chans"]:
             yield f"crops.{key} must have one entry per channel ({cfg['student']['in_chans']}), got {crops[key]}"
-    if crops["teacher_to_student_resolution_scale"] <= 0:
-        yield "crops.teacher_to_student_resolution_scale must be positive"
+    scale = crops["teacher_to_student_resolution_scale"]
+    if not 0 < scale < math.inf or cfg["student"]["patch_size"] > 0 and cfg["student"]["patch_size"] * scale < 1:
+        yield f"crops.teacher_to_student_resolution_scale must leave patches of at least one pixel, got {scale}"
         return
     lengths = {f"crops.{key}": len(_as_list(crops[key])) for key in RESOLUTION_KEYS}
     if len(set(lengths.values())) > 1:

@@ -221,7 +221,10 @@ def test_a_small_tiff_file_that_claims_gigabytes_is_refused_at_once() -> None:
         MultiChannelDecoder(content, channels=4).decode()
 
 
-@pytest.mark.parametrize("override", ["optim=1", "optim.lr=[1,2", 'optim.lr="\\q"', "train=[]"])
+@pytest.mark.parametrize(
+    "override",
+    ["optim=1", "optim.lr=[1,2", "crops.teacher_to_student_resolution_scale=0.01", 'optim.lr="\\q"', "train=[]"],
+)
 def test_overrides_that_cannot_be_read_or_merged_are_said_to_be(override: str) -> None:
-    with pytest.raises(ValueError, match="the override .* can't be read|can't be put together|optim|train"):
+    with pytest.raises(ValueError, match="the override .* can't be read|can't be put together|optim|train|scale"):
         check_config(get_cfg_from_args(DinoV3SetupArgs(config_file="", opts=[override])))
