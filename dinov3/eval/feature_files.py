@@ -368,7 +368,10 @@ def _read_shard(path: Path, rows: range) -> tuple[Tensor, list[dict[str, Any]]]:
         else:
             samples = _read_samples(path.with_name(f"samples-{path.stem.partition('-')[2]}.csv"))
             if path.suffix == ".npy":
-                features = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+                array: Any = np.load(path, mmap_mode="c", allow_pickle=False)
+                if array.offset + array.nbytes != path.stat().st_size:  # a header of another length moves all numbers
+                    raise ValueError("its size does not fit its header")
+                features = torch.from_numpy(array)
             else:
                 features = read_safetensors(path)["features"]
     except Exception as error:  # damaged files can make their readers raise anything

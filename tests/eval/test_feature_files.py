@@ -72,6 +72,16 @@ def test_every_format_holds_every_kind(
     assert len(list(out.glob(f"features-*-of-00003.{form}"))) == 3
 
 
+def test_an_npy_header_of_another_length_is_seen(images: Path, backbone: nn.Module, tmp_path: Path) -> None:
+    out = _write(backbone, _config(images / "train", tmp_path, format="npy"))
+    shard = min(out.glob("features-*.npy"))
+    data = bytearray(shard.read_bytes())
+    data[8] -= 16  # the length of the header, in blanks at its end: the file would still be read, all numbers moved
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{shard.name} can't be read.*does not fit its header"):
+        FeatureFiles(root=out)[0]
+
+
 def test_rows_are_those_of_the_backbone(images: Path, backbone: nn.Module, tmp_path: Path) -> None:
     rows = _rows(_write(backbone, _config(images / "train", tmp_path)))
     from dinov3.data import make_classification_eval_transform, make_dataset

@@ -67,7 +67,7 @@ class EncodedImage:
         return Image.open(BytesIO(self._data))
 
     def _lies_down(self, image: Image.Image) -> bool:
-        return self._upright and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+        return self._upright and image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)  # others mean nothing
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ from PIL import Image
 
 from dinov3.data.datasets.decoders import (
     DenseTargetDecoder,
+    EncodedImage,
     ImageDataDecoder,
     TargetDecoder,
     UndecodableImageError,
@@ -29,6 +30,16 @@ def test_the_plain_decoder_leaves_photographs_as_they_are_stored() -> None:
     upright = UprightImageDataDecoder(stored).decode()
     turned_back = ImageDataDecoder(stored).decode().transpose(Image.Transpose.ROTATE_270)
     assert np.array_equal(np.asarray(upright), np.asarray(turned_back))
+
+
+@pytest.mark.parametrize("orientation", [0, 3, 5, 8, 9, 1000])
+def test_the_size_before_decoding_is_the_one_after(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation  # beyond 8 it means nothing
+    buffer = BytesIO()
+    Image.new("RGB", (4, 6)).save(buffer, format="JPEG", exif=exif)
+    image = EncodedImage(buffer.getvalue(), upright=True)
+    assert image.size() == image.decode(1).size
 
 
 def test_16_bit_grey_values_are_scaled_not_cut_off() -> None:
