@@ -58,7 +58,6 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
 
-    logging.getLogger("dinov3").setLevel(logging.WARNING)
     torch.set_num_threads(args.threads)
     for name in names:
         command = f"python -m benchmarks {name} --threads {args.threads}"
@@ -78,4 +77,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("dinov3").setLevel(logging.WARNING)
     main(sys.argv[1:])

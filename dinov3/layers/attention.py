@@ -134,7 +134,7 @@ class SelfAttention(nn.Module):
         """Queries, keys (both rotated) and values `[B, num_heads, N, d]` of `[B, N, 3 * D]`."""
         B, N, width = qkv.shape
         qkv = qkv.view(B, N, 3, self.num_heads, width // (3 * self.num_heads))  # [B, N, 3, A, d]
-        if rope is not None and qkv.requires_grad and torch.is_grad_enabled() and not is_traced():
+        if rope is not None and _records_heads_alone(qkv, rope):
             q, k, v = _SplitHeads.apply(qkv, *rope)
             return q, k, v
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
@@ -220,6 +220,12 @@ class _SplitHeads(torch.autograd.Function):
             grad[:, :, i] = _apply_rope(rotated.unsqueeze(2), (back, cos)).squeeze(2)
         grad[:, :, 2] = grad_v
         return grad, None, None
+
+
+def _records_heads_alone(qkv: Tensor, rope: RopeTables) -> bool:
+    """Whether autograd records this call, and wants no gradient of the tables."""
+    recorded = torch.is_grad_enabled() and qkv.requires_grad and not is_traced()
+    return recorded and not any(table.requires_grad for table in rope)
 
 
 def _apply_rope(qk: Tensor, rope: RopeTables) -> Tensor:
