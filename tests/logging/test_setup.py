@@ -20,6 +20,7 @@ LINE = re.compile(r"^([DIWEC])\d{8} \d\d:\d\d:\d\d \d+ (\S+) (\S+):(\d+)\] (.*)$
 @pytest.fixture(autouse=True)
 def _restore() -> Iterator[None]:
     level = logging.getLogger().level
+    logging.getLogger("dinov3").setLevel(logging.NOTSET)  # a command that ran before may have left its own
     yield
     cleanup_logging()
     cleanup_logging(name="some_logger")
