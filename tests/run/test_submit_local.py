@@ -46,9 +46,18 @@ def _train(argv: Sequence[str]) -> None:
 
 def start(argv: Sequence[str], *flags: str) -> subprocess.Popen[str]:
     """The launcher, running in its own process."""
-    command = [sys.executable, "-m", "dinov3.run.submit", SCRIPT, "--cluster", "local", *flags, *argv]
+    return run_module("dinov3.run.submit", SCRIPT, "--cluster", "local", *flags, *argv)
+
+
+def torchrun(argv: Sequence[str], *flags: str) -> subprocess.Popen[str]:
+    """The training under torchrun, running in its own process."""
+    return run_module("torch.distributed.run", *flags, "-m", "tests.helpers.tiny_training", *argv)
+
+
+def run_module(name: str, *arguments: str) -> subprocess.Popen[str]:
+    """`python -m name arguments`; what it prints, errors too, can be read."""
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", name, *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -119,19 +128,6 @@ def test_a_killed_or_stalled_rank_is_named_and_the_next_run_is_right(
     code, output = finish(start(argv, "--ngpus", "2"))
     assert code == 0, output
     assert_same_training(tmp_path / "out", undisturbed)
-
-
-def torchrun(argv: Sequence[str], *flags: str) -> "subprocess.Popen[str]":
-    """The training under torchrun, running in its own process."""
-    command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "tests.helpers.tiny_training", *argv]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 @pytest.mark.slow
