@@ -52,9 +52,11 @@ def _by_definition(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     return out.flatten(2)
 
 
-def test_all_ways_give_the_sum_of_the_definition() -> None:
+def test_all_ways_give_the_sum_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     value, locations, weights = _inputs()
     expected = _by_definition(value, locations, weights)
+    torch.testing.assert_close(_sample_levels(value, locations, weights, SIZES), expected)
+    monkeypatch.setattr(ms_deform_attn, "_CPU_QUERIES", 3)
     torch.testing.assert_close(_sample_levels(value, locations, weights, SIZES), expected)
     torch.testing.assert_close(BagDeformAttn.apply(value, locations, weights, SIZES), expected)
     torch.testing.assert_close(_gather_levels(value, locations, weights, SIZES), expected)

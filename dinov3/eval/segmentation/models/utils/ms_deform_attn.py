@@ -23,7 +23,9 @@ SpatialShapes = Tensor | Sequence[tuple[int, int]]
 """(H, W) of every level: pairs of numbers, or a tensor `[L, 2]` (reading one from a GPU makes the CPU wait)."""
 
 # Channels of a head from which bags are faster on a CPU than sampling: see benchmarks/deformable_attention.py.
-_MIN_BAG_DIM = 24
+_MIN_BAG_DIM = 32
+# Queries that are sampled at a time there.
+_CPU_QUERIES = 1024
 _EXTENSION = "MultiScaleDeformableAttention"
 
 
@@ -60,17 +62,41 @@ def ms_deform_attn_core_pytorch(
 
 
 def _sample_levels(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """The core with torch's sampling: level by level, summed up at once."""
+    """The core with torch's sampling: level by level, summed up at once.
+
+    The queries' points lie in rows, one row for the first points, one for the second: torch samples rows many at a
+    time, and their sum runs along them. On a CPU some queries at a time, whose samples stay in the cache.
+    """
     n_images, _, n_heads, dim = value.shape
-    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [L, N*M, Lq, P, 2]
-    weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2).unsqueeze(2)  # [L, N*M, 1, Lq, P]
+    n_queries = locations.shape[1]
+    grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # [L, N*M, P, Lq, 2]
+    weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2).unsqueeze(2)  # [L, N*M, 1, P, Lq]
     parts = value.split([height * width for height, width in sizes], dim=1)
-    out = value.new_zeros(())
-    for level, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-        maps = part.permute(0, 2, 3, 1).reshape(n_images * n_heads, dim, *size)
-        samples = F.grid_sample(maps, grids[level], mode="bilinear", padding_mode="zeros", align_corners=False)
-        out = out + (samples * weights[level]).sum(-1)  # [N*M, D, Lq]
-    return out.view(n_images, n_heads * dim, -1).transpose(1, 2)
+    maps = [
+        part.permute(0, 2, 3, 1).reshape(n_images * n_heads, dim, *size)
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    step = _CPU_QUERIES if value.device.type == "cpu" else max(n_queries, 1)
+    some = zip(grids.split(step, dim=3), weights.split(step, dim=4), strict=True)
+    out = torch.cat([_sum_samples(maps, *inputs) for inputs in some], dim=-1)  # [N*M, D, Lq]
+    return out.view(n_images, n_heads * dim, n_queries).transpose(1, 2)
+
+
+def _sum_samples(maps: Sequence[Tensor], grids: Tensor, weights: Tensor) -> Tensor:
+    """Weighted samples `[B, D, Q]`, summed over levels and points.
+
+    Args:
+        maps: `[B, D, H, W]` of each level.
+        grids: `[L, B, P, Q, 2]`, from -1 to 1.
+        weights: `[L, B, 1, P, Q]`.
+    """
+    out: Tensor | None = None
+    for level, grid, weight in zip(maps, grids.contiguous(), weights.contiguous(), strict=True):
+        samples = F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        for sample, factor in zip(samples.unbind(2), weight.unbind(2), strict=True):
+            out = sample * factor if out is None else out.addcmul_(sample, factor)
+    assert out is not None, "there are levels and points"
+    return out
 
 
 def _gather_levels(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
