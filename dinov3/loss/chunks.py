@@ -1,10 +1,14 @@
 """How many rows of a huge matrix losses work on at a time."""
 
-# Largest temporary: 16 MiB in float32. Much larger ones fall out of CPU caches and cost memory; much smaller ones cost
-# kernel launches on a GPU.
-CHUNK_ELEMENTS = 1 << 22
+import torch
+
+# Largest temporary, in elements. On a CPU it is 2 MiB in float32: what one operation writes, the next reads from the
+# second-level caches of the cores. An accelerator wants fewer and larger kernels: 16 MiB.
+CPU_ELEMENTS = 1 << 19
+ACCELERATOR_ELEMENTS = 1 << 22
 
 
-def rows_per_chunk(n_columns: int) -> int:
+def rows_per_chunk(n_columns: int, device: torch.device) -> int:
     """Rows of `n_columns` numbers that fit into a chunk, at least 1."""
-    return max(1, CHUNK_ELEMENTS // max(1, n_columns))
+    elements = CPU_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS
+    return max(1, elements // max(1, n_columns))

@@ -49,9 +49,12 @@ class _SoftCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(logits)
         for s, rows in _chunks(logits):
             target = targets[s][rows].to(grad_losses.dtype)
-            probs = torch.softmax(logits[s, rows].to(grad_losses.dtype) / ctx.temp, dim=-1)
+            scores = logits[s, rows].to(grad_losses.dtype) / ctx.temp
+            # Wide enough, the gradient itself holds the probabilities meanwhile
+            probs = grad[s, rows] if grad.dtype == scores.dtype else torch.empty_like(scores)
+            torch.softmax(scores, dim=-1, out=probs)
             probs.mul_(target.sum(dim=-1, keepdim=True)).sub_(target)
-            grad[s, rows] = probs.mul_(grad_losses[s, rows].unsqueeze(-1) / ctx.temp)
+            torch.mul(probs, grad_losses[s, rows].unsqueeze(-1) / ctx.temp, out=grad[s, rows])
         return grad, None, *(None for _ in targets)
 
 
@@ -62,7 +65,7 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
 def _chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
     """(entry, rows) pairs that cover `logits` [S, B, K]."""
     n_entries, n_rows, n_prototypes = logits.shape
-    step = rows_per_chunk(n_prototypes)
+    step = rows_per_chunk(n_prototypes, logits.device)
     for s in range(n_entries):
         for start in range(0, n_rows, step):
             yield s, slice(start, start + step)

@@ -56,9 +56,11 @@ class DINOLoss(CenteredLoss):
         losses = soft_cross_entropy(student_logits, targets, self.student_temp)
         return losses.sum() / max(1, n_pairs * n_samples)
 
-    def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
+    def sinkhorn_knopp_teacher(
+        self, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3, *, inplace: bool = False
+    ) -> Tensor:
         """Targets [n, K] from teacher logits [n, K], normalised over the subgroup; see `sinkhorn_knopp`."""
-        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations)
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations, inplace=inplace)
 
 
 def _sum_of(probs: Tensor, crops: list[int]) -> Tensor:

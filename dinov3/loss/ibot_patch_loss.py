@@ -18,13 +18,15 @@ class SinkhornKnoppTeacher(nn.Module):
         n_masked_patches_tensor: Tensor | None = None,
         n_iterations: int = 3,
         group: dist.ProcessGroup | None = None,
+        *,
+        inplace: bool = False,
     ) -> Tensor:
-        """Targets [M, K] from teacher logits [M, K].
+        """Targets [M, K] from teacher logits [M, K], whose place they take if `inplace`; see `sinkhorn_knopp`.
 
         `n_masked_patches_tensor`, the number of patches of this rank, is accepted and left alone: the number of
         samples is a common factor that the last normalisation removes.
         """
-        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations, group=group)
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations, group=group, inplace=inplace)
 
 
 class iBOTPatchLoss(CenteredLoss):

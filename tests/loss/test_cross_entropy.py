@@ -36,7 +36,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("chunk", [1, 20, 1 << 24])
 def test_value_and_gradient_equal_the_naive_ones(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", chunk)
     logits = torch.randn(3, 5, 7, requires_grad=True)
     targets = [probabilities(5, 7), 3 * probabilities(5, 7), torch.zeros(5, 7)]  # they need not sum to 1
     weights = torch.randn(3, 5)
@@ -55,8 +55,18 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: soft_cross_entropy(x, targets, 0.3), (logits,))
 
 
+def test_a_second_backward_pass_adds_the_same_again() -> None:
+    logits = torch.randn(2, 3, 4, requires_grad=True)
+    loss = soft_cross_entropy(logits, [probabilities(3, 4)] * 2, 0.3).sum()
+    (0.5 * loss).backward(retain_graph=True)
+    assert logits.grad is not None
+    first = logits.grad.clone()
+    (-3 * loss).backward()
+    torch.testing.assert_close(logits.grad, -5 * first)
+
+
 def test_bfloat16_logits_give_float32_losses_and_no_full_size_float32_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", 64)
     logits = torch.randn(4, 8, 32).bfloat16().requires_grad_()
     targets = [probabilities(8, 32).bfloat16()] * 4
     with LargestTensor() as largest:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov3.loss import chunks, iBOTPatchLoss
+from dinov3.loss import DINOLoss, chunks, iBOTPatchLoss
 from dinov3.loss.sinkhorn_knopp import sinkhorn_knopp
 
 
@@ -61,7 +61,7 @@ def test_stays_finite_for_any_range(scale: float) -> None:
 def test_rows_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(11, 6)
     whole = sinkhorn_knopp(logits, 0.1)
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 13)
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", 13)
     torch.testing.assert_close(sinkhorn_knopp(logits, 0.1), whole)
 
 
@@ -96,3 +96,29 @@ def test_nan_is_not_hidden() -> None:
 def test_bad_input(shape: tuple[int, ...], n_iterations: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sinkhorn_knopp(torch.zeros(shape), 0.07, n_iterations=n_iterations)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_targets_may_take_the_place_of_the_logits(dtype: torch.dtype) -> None:
+    logits = torch.randn(6, 4, dtype=dtype)
+    wanted = sinkhorn_knopp(logits, 0.07)
+    targets = sinkhorn_knopp(logits, 0.07, inplace=True)
+    assert torch.equal(targets, wanted)
+    assert torch.equal(logits, wanted)
+
+
+def test_narrow_logits_have_no_place_for_the_targets() -> None:
+    logits = torch.randn(6, 4).bfloat16()
+    before = logits.clone()
+    for targets in (
+        iBOTPatchLoss(4).sinkhorn_knopp_teacher(logits, 0.07, inplace=True),
+        DINOLoss(4).sinkhorn_knopp_teacher(logits, 0.07, inplace=True),
+    ):
+        assert torch.equal(targets, sinkhorn_knopp(logits, 0.07))
+    assert torch.equal(logits, before)
+
+
+def test_the_temperature_may_be_a_tensor() -> None:
+    logits = torch.randn(6, 4)
+    for temp in (torch.tensor(0.07), torch.tensor([0.07], dtype=torch.float64)):
+        torch.testing.assert_close(sinkhorn_knopp(logits, temp), sinkhorn_knopp(logits, 0.07))
