@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.layers.linear import apply_linear, apply_linear_and_activation
+from dinov3.layers.linear import apply_linear, feed_forward
 from dinov3.utils.tensors import cat_keep_shapes, uncat_with_shapes
 
 
@@ -43,8 +43,7 @@ class Mlp(nn.Module, ListForwardMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        hidden = self.drop(apply_linear_and_activation(self.fc1, self.act, x))
-        out: Tensor = self.drop(apply_linear(self.fc2, hidden))
+        out: Tensor = self.drop(feed_forward(x, self.fc1, self.act, self.drop, self.fc2))
         return out
 
 

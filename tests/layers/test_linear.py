@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov3.layers import linear as owner
-from dinov3.layers.linear import apply_linear, apply_linear_and_activation, linear
+from dinov3.layers.linear import apply_linear, apply_linear_and_activation, feed_forward, linear
 
 
 def uses_onednn(call: Callable[[], object]) -> bool:
@@ -81,6 +81,23 @@ def test_subclasses_and_hooks_are_called() -> None:
 def test_other_activations(activation: nn.Module) -> None:
     layer, x = nn.Linear(8, 12), torch.randn(2, 8)
     torch.testing.assert_close(apply_linear_and_activation(layer, activation, x), activation(layer(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.GELU()])
+def test_feed_forward_by_some_rows_at_a_time(activation: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, dropout = nn.Linear(8, 12), nn.Linear(12, 5), nn.Dropout().eval()
+    x = torch.randn(2, 3, 10, 8)[:, :, ::2]
+    wanted = second(activation(first(x)))
+    for numbers in (1, 48, 2**21):
+        monkeypatch.setattr(owner, "_HIDDEN_NUMBERS", numbers)
+        torch.testing.assert_close(feed_forward(x, first, activation, dropout, second), wanted, rtol=1e-4, atol=1e-6)
+
+    monkeypatch.setattr(owner, "_HIDDEN_NUMBERS", 48)
+    seen: list[Tensor] = []
+    activation.register_forward_hook(lambda module, args, out: seen.append(out))
+    feed_forward(x, first, activation, dropout, second)
+    assert [out.shape for out in seen] == [(2, 3, 5, 12)]
 
 
 @torch.no_grad()

@@ -10,6 +10,9 @@ from torch import Tensor
 Size = Sequence[int]
 HeadType = Literal["linear", "m2f"]
 
+# Of Mask2Former's masks, that are turned into classes at a time: 8 MiB.
+_MASK_NUMBERS = 2**21
+
 
 class Predictor(Protocol):
     """What inference needs of a segmentation model."""
@@ -62,7 +65,8 @@ def make_inference(
         pred = slide_inference(
             x, segmentation_model, decoder_head_type, n_output_channels, crop_size, stride, num_max_forward
         )
-        pred = F.interpolate(pred, size=tuple(rescale_to), mode="bilinear", align_corners=False)
+        if pred.shape[-2:] != tuple(rescale_to):
+            pred = F.interpolate(pred, size=tuple(rescale_to), mode="bilinear", align_corners=False)
     elif inference_mode == "whole":
         x = F.interpolate(x, size=tuple(whole_size), mode="bilinear", align_corners=False)
         output = segmentation_model.predict(x, rescale_to=tuple(rescale_to))
@@ -148,7 +152,14 @@ def semantic_map(output: Any, decoder_head_type: HeadType, *, round_to_bfloat16:
     if decoder_head_type != "m2f":
         raise ValueError(f"decoder_head_type is 'linear' or 'm2f', got {decoder_head_type!r}")
     classes = output["pred_logits"].float().softmax(dim=-1)[..., :-1]
-    masks = output["pred_masks"].float().sigmoid()
+    masks: Tensor = output["pred_masks"]
+    step = max(1, _MASK_NUMBERS // masks[:, :, :1].numel())  # what is made on the way stays in the cache
+    return torch.cat([_sum_queries(classes, rows, round_to_bfloat16) for rows in masks.split(step, dim=2)], dim=2)
+
+
+def _sum_queries(classes: Tensor, mask_logits: Tensor, round_to_bfloat16: bool) -> Tensor:
+    """Class map `[B, K, h, W]` of some rows: probabilities `[B, Q, K]` times masks `[B, Q, h, W]`."""
+    masks = mask_logits.float().sigmoid()
     if not round_to_bfloat16:
         return torch.einsum("bqk,bqhw->bkhw", classes, masks)
     classes, masks = classes.bfloat16(), masks.bfloat16()

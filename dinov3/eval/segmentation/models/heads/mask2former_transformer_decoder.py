@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3.layers.linear import apply_linear, linear
 from dinov3.layers.sine_position_encoding import PositionEmbeddingSine
 
 N_LEVELS = 3
@@ -162,11 +163,11 @@ class Attention(nn.Module):
         """`[B, Q, C]`, from queries `[B, Q, C]` to keys and values `[B, S, C]`; `allowed`: `[B, 1, Q, S]`."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            linear(x, weight, bias).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return apply_linear(self.out_proj, out.transpose(1, 2).flatten(2))
 
 
 class CrossAttentionLayer(nn.Module):
@@ -218,7 +219,7 @@ class FFNLayer(nn.Module):
     def forward(self, out: Tensor) -> Tensor:
         """`[B, Q, C]` to the same."""
         x = self.norm(out) if self.pre_norm else out
-        x = self.linear2(F.relu(self.linear1(x)))
+        x = apply_linear(self.linear2, F.relu(apply_linear(self.linear1, x)))
         return out + x if self.pre_norm else self.norm(out + x)
 
 
@@ -233,5 +234,5 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., input_dim]` to `[..., output_dim]`."""
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
+            x = F.relu(apply_linear(layer, x))
+        return apply_linear(self.layers[-1], x)

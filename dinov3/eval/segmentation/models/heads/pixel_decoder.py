@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dinov3.eval.segmentation.models.utils.batch_norm import get_norm
 from dinov3.eval.segmentation.models.utils.ms_deform_attn import MSDeformAttn
 from dinov3.eval.segmentation.models.utils.reference_points import cell_centres
+from dinov3.layers.linear import feed_forward
 from dinov3.layers.sine_position_encoding import PositionEmbeddingSine
 from dinov3.utils.dtype import autocast_to
 
@@ -182,6 +183,7 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
         self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, _N_POINTS)
         self.norm1 = nn.LayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.activation = nn.ReLU(inplace=True)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
@@ -190,5 +192,5 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
         """`[B, S, C]` to the same; `references`: places of the cells, `[1, S, 1, 2]`."""
         read = self.self_attn(cells + positions, references, cells, sizes)
         cells = self.norm1(cells + self.dropout(read))
-        hidden = self.dropout(F.relu(self.linear1(cells)))
-        return self.norm2(cells + self.dropout(self.linear2(hidden)))
+        out = feed_forward(cells, self.linear1, self.activation, self.dropout, self.linear2)
+        return self.norm2(cells + self.dropout(out))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dinov3.eval.segmentation.models.utils.deform_bags import BagDeformAttn
+from dinov3.layers.linear import apply_linear
 from dinov3.utils.dtype import autocast_to
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
@@ -251,20 +252,21 @@ class MSDeformAttn(nn.Module):
             ValueError: reference points of other than 2 or 4 numbers, or levels that don't fit the cells.
         """
         sizes = _as_sizes(input_spatial_shapes)
-        value = self.value_proj(input_flatten)
+        value = apply_linear(self.value_proj, input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.n_heads, -1))
         layout = (self.n_heads, self.n_levels, self.n_points)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*layout, 2))
-        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1)).softmax(-1).unflatten(-1, layout[1:])
+        offsets = apply_linear(self.sampling_offsets, query).unflatten(-1, (*layout, 2))
+        logits = apply_linear(self.attention_weights, query).transpose(1, 2).unflatten(1, (self.n_heads, -1))
+        weights = logits.softmax(2).permute(0, 3, 1, 2).unflatten(-1, layout[1:])  # queries last: that is much faster
         locations = self._locations(reference_points, offsets, sizes)
         if _extension(value) is None:
             out = ms_deform_attn_core_pytorch(value, sizes, locations, weights)
         else:
             inputs = value.float(), sizes, None, locations.float(), weights.float(), 64
             out = MSDeformAttnFunction.apply(*inputs).to(value.dtype)
-        return self.output_proj(out)
+        return apply_linear(self.output_proj, out)
 
     def _locations(self, reference: Tensor, offsets: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """`[N, Lq, M, L, P, 2]`."""
