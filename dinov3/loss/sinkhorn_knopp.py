@@ -60,7 +60,9 @@ def sinkhorn_knopp(
     prototype_sums = torch.zeros_like(log_prototype_sums)
     for rows, row_logits in zip(q.split(step), logits.split(step), strict=True):
         scores = row_logits.to(dtype, copy=True).div_(temp).sub_(log_prototype_sums)
-        torch.softmax(scores, dim=1, out=rows)
+        # exp, not torch.softmax: on a CPU the errors of that are larger, and lean to one side
+        torch.sub(scores, scores.amax(dim=1, keepdim=True), out=rows).exp_()
+        rows /= rows.sum(dim=1, keepdim=True)
         prototype_sums += rows.sum(dim=0)
     for _ in range(n_iterations - 1):
         all_reduce(prototype_sums, group)
