@@ -41,6 +41,7 @@ _SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 _SIZES_FOLLOW = 8  # flag of parts of zip archives whose data a record of its size follows
+_IS_A_FOLDER = 0x10  # attribute of parts of zip archives: torch then reads nothing, and returns what memory held before
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the limit of the format
 
 
@@ -139,6 +140,8 @@ def _check_entry(file: IO[bytes], entry: zipfile.ZipInfo, end: int) -> None:
         extra = extra[length:]
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
         raise ValueError(f"{entry.filename} is compressed, which torch.save never does")
+    if entry.external_attr & _IS_A_FOLDER:
+        raise ValueError(f"{entry.filename} is said to be a folder")
     data_end = file.tell() + entry.file_size
     if data_end > end:
         raise ValueError(f"{entry.filename} reaches into what follows it")

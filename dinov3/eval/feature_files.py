@@ -290,12 +290,14 @@ class FeatureFiles(Dataset[tuple[Tensor, Any]]):
         self.target_transform = target_transform
         self.transform = self.transforms = None
         n_shards = -(-self.request["count"] // self.request["shard_size"])
-        files = [folder / f"features-{i:05d}-of-{n_shards:05d}.{self.request['format']}" for i in range(n_shards)]
-        if missing := [file for file in files if not file.is_file()]:
-            raise ValueError(
-                f"{len(missing)} of {n_shards} shards of {folder} are missing, the first is {missing[0].name}: run the "
-                "command that wrote it again, it goes on"
-            )
+        files: list[Path] = []
+        for i in range(n_shards):  # no list of names first: a damaged manifest may speak of any number
+            files.append(folder / f"features-{i:05d}-of-{n_shards:05d}.{self.request['format']}")
+            if not files[-1].is_file():
+                raise ValueError(
+                    f"shards of {folder} are missing, the first is {files[-1].name}: run the command that wrote it "
+                    "again, it goes on"
+                )
         count, size = self.request["count"], self.request["shard_size"]
         rows = [range(i * size, min((i + 1) * size, count)) for i in range(n_shards)]
         shards = [_read_shard(file, own) for file, own in zip(files, rows, strict=True)]
@@ -377,7 +379,8 @@ def _read_shard(path: Path, rows: range) -> tuple[Tensor, list[dict[str, Any]]]:
     except Exception as error:  # damaged files can make their readers raise anything
         raise ValueError(f"{path} can't be read: {error!r}") from error
     indices = [sample["index"] for sample in samples]
-    if len(features) != len(samples) or indices != sorted(set(indices) & set(rows)):
+    are_rows = all(isinstance(index, int) and index in rows for index in indices)
+    if len(features) != len(samples) or not are_rows or indices != sorted(set(indices)):
         raise ValueError(
             f"{path} has {len(features)} rows of features, and {len(samples)} samples of the {len(rows)} images from "
             f"{rows.start} on: one of them is damaged, delete both and extract them anew"

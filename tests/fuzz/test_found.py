@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from dinov3.configs.check import check_config
 from dinov3.configs.config import DinoV3SetupArgs, get_cfg_from_args
 from dinov3.data.datasets import ADE20K, NYU, CocoCaptions, CocoDetection, ImageList, ImageNet, ImageNet22k, WebDataset
 from dinov3.data.datasets.multichannel import MultiChannelDecoder
+from dinov3.eval.feature_files import FeatureFiles, FeatureRequest, FeatureWriter
 from dinov3.eval.flat_checkpoints import FlatCheckpoints
 from dinov3.hub.hf import build_model_from_config
 from dinov3.thirdparty.CLIP.clip.simple_tokenizer import SimpleTokenizer
@@ -78,6 +80,18 @@ def test_a_wrong_bit_in_the_description_of_tensors_is_seen(tmp_path: Path) -> No
     content[content.index(b"data.pkl") + 100] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.pth is damaged.*data\.pkl is not what it was"):
+        read_file(path)
+
+
+def test_a_part_that_is_said_to_be_a_folder_is_refused(tmp_path: Path) -> None:
+    """torch reads nothing then, and returns whatever the memory held before."""
+    path = tmp_path / "a.pth"
+    content = archive_of({"a": torch.arange(100.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        name = next(entry.filename for entry in archive.infolist() if entry.filename.endswith("data/0")).encode()
+    content[content.rindex(name) - 46 + 38] = 0x10  # external attributes in the directory
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.pth is damaged.*a/data/0 is said to be a folder"):
         read_file(path)
 
 
@@ -194,6 +208,61 @@ def test_lists_and_indices_cannot_name_files_elsewhere(tmp_path: Path) -> None:
         len(ImageNet(split=ImageNet.Split.VAL, root=tmp_path, extra=tmp_path))
 
 
+@pytest.mark.parametrize("name", [".", "./", "/"])
+def test_a_list_cannot_name_its_own_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "ADE20K_object150_val.txt").write_text(f"a.jpg\n{name}\n")
+    with pytest.raises(ValueError, match=rf"val\.txt must name files, got '{re.escape(name)}'"):
+        ADE20K(split=ADE20K.Split.VAL, root=tmp_path)
+
+
+@pytest.mark.parametrize("value", [0x7FFFFFFF, 0xD800])
+def test_texts_of_indices_are_characters(value: int, tmp_path: Path) -> None:
+    fields = [("actual_index", "<u4"), ("class_index", "<u4"), ("class_id", "<U9"), ("class_name", "<U9")]
+    entries = np.array([(1, 0, "n01440764", "tench")] * 2, dtype=fields)
+    entries["class_id"][1:].view("<u4")[0] = entries["class_name"][1:].view("<u4")[0] = value
+    np.save(tmp_path / "entries-VAL.npy", entries)
+    ids = np.array(["n01440764"])
+    ids.view("<u4")[0] = value
+    np.save(tmp_path / "class-ids-VAL.npy", ids)
+    one = ImageNet(split=ImageNet.Split.VAL, root=tmp_path, extra=tmp_path)
+    assert (one.get_class_id(0), one.get_class_name(0)) == ("n01440764", "tench")
+    for read in (one.get_image_relpath, one.get_class_id, one.get_class_name):
+        with pytest.raises(ValueError, match=r"entries-VAL\.npy is damaged: row 1 holds no text"):
+            read(1)
+    with pytest.raises(ValueError, match=r"class-ids-VAL\.npy is damaged: row 0 holds no text"):
+        one.find_class_id(0)
+
+    fields = [("class_index", "<u4"), ("class_id", "<U9"), ("start_offset", "<u4"), ("end_offset", "<u4")]
+    more = np.array([(0, "n01440764", 0, 512, "a")], dtype=[*fields, ("filename", "<U9")])
+    more["class_id"].view("<u4")[0] = value
+    np.save(tmp_path / "entries.npy", more)
+    with pytest.raises(ValueError, match=r"entries\.npy is damaged: row 0 holds no text"):
+        ImageNet22k(root=tmp_path, extra=tmp_path).get_image_data(0)
+
+
+@pytest.mark.parametrize("changed", [{"count": 1 << 48}, {"count": 1 << 48, "shard_size": 1 << 48}])
+def test_features_that_claim_any_number_of_rows_take_no_time(changed: dict[str, int], tmp_path: Path) -> None:
+    writer = FeatureWriter(tmp_path, FeatureRequest("x", 1, {}, "CLS", [5], {}, "npy", "fp32", 4), ImageLabels())
+    writer.add(0, torch.ones(5))
+    writer.finish()
+    assert len(FeatureFiles(root=tmp_path)) == 1
+    manifest = json.loads((tmp_path / "features.json").read_text())
+    manifest["request"].update(changed)
+    (tmp_path / "features.json").write_text(json.dumps(manifest))
+    if "shard_size" in changed:  # one shard, whose rows are far fewer than it might have
+        assert len(FeatureFiles(root=tmp_path)) == 1
+    else:
+        with pytest.raises(ValueError, match="are missing, the first is features-00000-of-"):
+            FeatureFiles(root=tmp_path)
+
+
+class ImageLabels:
+    """Labels of a data set."""
+
+    def get_target(self, index: int) -> int:
+        return index
+
+
 def test_labels_that_no_integer_holds_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f"path,label\na.png,{'9' * 5000}\n")
     with pytest.raises(ValueError, match=r"a\.csv: a label has 5000 digits"):
@@ -219,6 +288,23 @@ def test_a_small_tiff_file_that_claims_gigabytes_is_refused_at_once() -> None:
     )
     with pytest.raises(ValueError, match="says that it holds"):
         MultiChannelDecoder(content, channels=4).decode()
+
+
+@pytest.mark.parametrize("back_to", [0, 1, 2])
+def test_a_tiff_file_whose_pages_have_no_end_is_refused(back_to: int) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    pages = np.arange(4 * 6 * 7, dtype=np.uint8).reshape(4, 6, 7)
+    tifffile.imwrite(buffer, pages, photometric="minisblack", metadata=None)
+    content = bytearray(buffer.getvalue())
+    assert MultiChannelDecoder(bytes(content), channels=4).decode().numpy().tolist() == pages.tolist()
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        offsets = [page.offset for page in file.pages]
+    assert len(offsets) == 4
+    end = offsets[-1] + 2 + 12 * int.from_bytes(content[offsets[-1] : offsets[-1] + 2], "little")
+    content[end : end + 4] = offsets[back_to].to_bytes(4, "little")
+    with pytest.raises(ValueError, match="chain of pages does not end after 4 of them"):
+        MultiChannelDecoder(bytes(content), channels=4).decode()
 
 
 @pytest.mark.parametrize(

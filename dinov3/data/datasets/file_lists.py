@@ -123,20 +123,34 @@ def read_index_array(dataset: str, path: Path, fields: tuple[str, ...]) -> np.nd
     return array
 
 
+def text_at(dataset: str, path: Path, array: np.ndarray, index: int, field: str | None = None) -> str:
+    """A text of an array of an index, in which a character is stored as four bytes, whatever they are.
+
+    Args:
+        dataset, path: for messages; the file that the array is from.
+        array: from `read_index_array`.
+        index: of the row.
+        field: name of a field with text; None: the array holds nothing else.
+
+    Raises:
+        ValueError: some of the bytes are no characters.
+    """
+    try:
+        text = array[index] if field is None else array[index][field]
+        return text.encode("utf-32", "surrogatepass").decode("utf-32")
+    except (SystemError, UnicodeError) as error:
+        raise ValueError(f"{dataset}: {path} is damaged: row {index} holds no text: {error}") from error
+
+
 def require_inside(dataset: str, name: Any, origin: object) -> str:
     """A path that a file of a data set gives, which has to lie below the data set's folder.
 
     Data sets come from strangers: what one names must not be any other file of this machine.
 
     Raises:
-        ValueError: it is no text, is absolute, or leads upwards.
+        ValueError: it is no text, names no file ("."), is absolute, or leads upwards.
     """
-    try:
-        if isinstance(name, np.str_):  # stored as four bytes per character, whatever they are
-            name = name.encode("utf-32", "surrogatepass").decode("utf-32")
-    except (SystemError, UnicodeError) as error:
-        raise ValueError(f"{dataset}: {origin} is damaged: {error}") from error
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or "\0" in name or not PurePath(name).name:
         raise ValueError(f"{dataset}: {origin} must name files, got {name!r}")
     path = PurePath(name)
     if path.is_absolute() or path.drive or ".." in path.parts:

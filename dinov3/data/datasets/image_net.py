@@ -13,7 +13,7 @@ from torchvision.datasets.folder import find_classes, make_dataset
 
 from dinov3.data.datasets.decoders import ImageDataDecoder, TargetDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.file_lists import read_index_array, require_inside, require_root, require_split
+from dinov3.data.datasets.file_lists import read_index_array, require_inside, require_root, require_split, text_at
 
 logger = logging.getLogger("dinov3")
 
@@ -108,12 +108,10 @@ class ImageNet(ExtendedVisionDataset):
 
     def get_image_relpath(self, index: int) -> str:
         """Path of a sample's image below the root."""
-        entry = self._entries[index]
-        class_id = "" if self._split is _Split.TEST else self._inside(entry["class_id"])
-        return self._split.get_image_relpath(int(entry["actual_index"]), class_id)
-
-    def _inside(self, class_id: Any) -> str:
-        return require_inside("ImageNet", class_id, self._extra_file("entries"))
+        class_id = self.get_class_id(index)
+        if class_id is not None:
+            require_inside("ImageNet", class_id, self._extra_file("entries"))
+        return self._split.get_image_relpath(int(self._entries[index]["actual_index"]), class_id)
 
     def get_image_data(self, index: int) -> bytes:
         """The encoded image of a sample."""
@@ -129,19 +127,22 @@ class ImageNet(ExtendedVisionDataset):
 
     def get_class_id(self, index: int) -> str | None:
         """WordNet id of a sample's class, None for TEST."""
-        return None if self._split is _Split.TEST else str(self._entries[index]["class_id"])
+        return None if self._split is _Split.TEST else self._text("entries", self._entries, index, "class_id")
 
     def get_class_name(self, index: int) -> str | None:
         """Name of a sample's class, None for TEST."""
-        return None if self._split is _Split.TEST else str(self._entries[index]["class_name"])
+        return None if self._split is _Split.TEST else self._text("entries", self._entries, index, "class_name")
 
     def find_class_id(self, class_index: int) -> str:
         """WordNet id of a class."""
-        return str(self._class_ids[class_index])
+        return self._text("class-ids", self._class_ids, class_index)
 
     def find_class_name(self, class_index: int) -> str:
         """Name of a class."""
-        return str(self._class_names[class_index])
+        return self._text("class-names", self._class_names, class_index)
+
+    def _text(self, kind: str, array: np.ndarray, index: int, field: str | None = None) -> str:
+        return text_at("ImageNet", self._extra_file(kind), array, index, field)
 
     @cached_property
     def _entries(self) -> np.ndarray:

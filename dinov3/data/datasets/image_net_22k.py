@@ -13,7 +13,7 @@ import numpy as np
 
 from dinov3.data.datasets.decoders import ImageDataDecoder, TargetDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.file_lists import read_index_array, require_inside, require_root
+from dinov3.data.datasets.file_lists import read_index_array, require_inside, require_root, text_at
 from dinov3.data.datasets.memory_maps import MemoryMaps
 from dinov3.data.datasets.web_dataset import require_the_end_of_the_archive
 from dinov3.utils.files import read_text
@@ -22,6 +22,7 @@ _BLOCK = 512
 _GZIP_MAGIC = b"\x1f\x8b"
 _SKIPPED = frozenset({"n06470073_47249.JPEG"})  # not an image, in the archive as distributed
 _LOG_LINE = re.compile(r"block (\d+): (.*)")
+_ENTRIES, _CLASS_IDS = "entries.npy", "class-ids.npy"
 _ENTRY_FIELDS = ("class_index", "class_id", "start_offset", "end_offset", "filename")
 _LOG_END = "** Block of NULs **"
 
@@ -79,7 +80,7 @@ class ImageNet22k(ExtendedVisionDataset):
     def get_image_data(self, index: int) -> bytes:
         """The encoded image of a sample, with the archive's zero padding at its end."""
         entry = self._entries[index]
-        class_id = require_inside("ImageNet22k", entry["class_id"], self._extra)
+        class_id = require_inside("ImageNet22k", self.get_class_id(index), self._extra / _ENTRIES)
         archive = self._archives[Path(self.root) / f"{class_id}.tar"]
         data = archive[int(entry["start_offset"]) + _BLOCK : int(entry["end_offset"])]
         return gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data
@@ -94,7 +95,7 @@ class ImageNet22k(ExtendedVisionDataset):
 
     def get_class_id(self, index: int) -> str:
         """WordNet id of a sample's class."""
-        return str(self._entries[index]["class_id"])
+        return text_at("ImageNet22k", self._extra / _ENTRIES, self._entries, index, "class_id")
 
     def get_class_ids(self) -> np.ndarray:
         """WordNet ids by class index."""
@@ -102,15 +103,15 @@ class ImageNet22k(ExtendedVisionDataset):
 
     def find_class_id(self, class_index: int) -> str:
         """WordNet id of a class."""
-        return str(self._class_ids[class_index])
+        return text_at("ImageNet22k", self._extra / _CLASS_IDS, self._class_ids, class_index)
 
     @cached_property
     def _entries(self) -> np.ndarray:
-        return self._load("entries.npy")
+        return self._load(_ENTRIES)
 
     @cached_property
     def _class_ids(self) -> np.ndarray:
-        return self._load("class-ids.npy")
+        return self._load(_CLASS_IDS)
 
     def _load(self, name: str) -> np.ndarray:
         path = self._extra / name
@@ -119,7 +120,7 @@ class ImageNet22k(ExtendedVisionDataset):
                 f"ImageNet22k: {path} is missing. Write the index once with dinov3.data.datasets.ImageNet22k("
                 f"root={str(self.root)!r}, extra={str(self._extra)!r}).dump_extra()"
             )
-        wanted = _ENTRY_FIELDS if name == "entries.npy" else ()
+        wanted = _ENTRY_FIELDS if name == _ENTRIES else ()
         return read_index_array("ImageNet22k", path, wanted)
 
     def dump_extra(self) -> None:
@@ -140,8 +141,8 @@ class ImageNet22k(ExtendedVisionDataset):
                 raise ValueError(f"ImageNet22k: {root / f'{class_id}.tar'} holds nothing")
             rows += [(class_index, class_id, *member) for member in members if member.filename not in _SKIPPED]
         self._extra.mkdir(parents=True, exist_ok=True)
-        np.save(self._extra / "entries.npy", _as_entries(rows))
-        np.save(self._extra / "class-ids.npy", np.array(class_ids))
+        np.save(self._extra / _ENTRIES, _as_entries(rows))
+        np.save(self._extra / _CLASS_IDS, np.array(class_ids))
         for name in ("_entries", "_class_ids"):  # read anew what has just changed
             self.__dict__.pop(name, None)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 _NPY = b"\x93NUMPY"
 # A wrong header must not keep this machine busy: bytes of pixels in any TIFF file, or for each of its own.
 _ALWAYS_ALLOWED, _MAX_COMPRESSION = 1 << 28, 1 << 12
+_MAX_PAGES = 1 << 12  # of a TIFF file; each may be a channel
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -80,10 +81,20 @@ def _read_tiff(data: bytes) -> np.ndarray:
     except ImportError:
         return _from_pillow(data)
     with tifffile.TiffFile(BytesIO(data)) as file:
+        _check_pages(file)
         n_bytes = math.prod(file.series[0].shape) * file.series[0].dtype.itemsize
         if n_bytes > max(_ALWAYS_ALLOWED, _MAX_COMPRESSION * len(data)):
             raise ValueError(f"a TIFF file of {len(data):,} bytes says that it holds {n_bytes:,}")
         return file.asarray()
+
+
+def _check_pages(file: Any) -> None:
+    """Refuse a TIFF file with too many pages, or whose chain of pages leads back to itself and has no end."""
+    seen: set[int] = set()
+    for page in file.pages:
+        if page.offset in seen or len(seen) == _MAX_PAGES:
+            raise ValueError(f"a TIFF file whose chain of pages does not end after {len(seen):,} of them")
+        seen.add(page.offset)
 
 
 def _from_pillow(data: bytes) -> np.ndarray:
