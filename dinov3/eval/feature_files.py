@@ -233,6 +233,8 @@ def _read_parquet(path: Path) -> tuple[Tensor, list[dict[str, Any]]]:
     _, parquet = _pyarrow()
     table = parquet.read_table(path)
     table.validate(full=True)
+    if len(table) != (n_rows := parquet.read_metadata(path).num_rows):  # PyArrow believes what groups of rows say
+        raise ValueError(f"{len(table)} rows of {n_rows} were found")
     shape = json.loads(table.schema.metadata[b"shape"])
     values = table.column("features").combine_chunks()
     features = torch.from_numpy(values.flatten().to_numpy(zero_copy_only=False).copy()).view(len(table), *shape)

@@ -256,6 +256,31 @@ def test_features_that_claim_any_number_of_rows_take_no_time(changed: dict[str, 
             FeatureFiles(root=tmp_path)
 
 
+def test_a_group_of_rows_that_says_it_has_none_is_missed(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    names = [f"{i}.png" for i in range(300)]
+    parquet.write_table(pyarrow.table({"path": names}), path, row_group_size=123)
+    content = path.read_bytes()
+    n_rows = b"\x16\xf6\x01"  # 123 as it stands in the description of groups, after the size in bytes
+    at = content.index(n_rows + b"\x26", content.index(b"schema"))
+    path.write_bytes(content[:at] + b"\x16\x80\x00" + content[at + 3 :])
+    assert len(parquet.read_table(path)) < 300
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged: 177 rows of 300 were found"):
+        ImageList(file=path)
+
+    writer = FeatureWriter(tmp_path, FeatureRequest("x", 3, {}, "CLS", [5], {}, "parquet", "fp32", 4), ImageLabels())
+    for i in range(3):
+        writer.add(i, torch.ones(5))
+    writer.finish()
+    path = tmp_path / "features-00000-of-00001.parquet"
+    content = path.read_bytes()
+    at = content.rindex(b"\x16\x06\x26")  # 3, as above
+    path.write_bytes(content[: at + 1] + b"\0" + content[at + 2 :])
+    with pytest.raises(ValueError, match=r"00001\.parquet can't be read: .*0 rows of 3 were found"):
+        FeatureFiles(root=tmp_path)
+
+
 class ImageLabels:
     """Labels of a data set."""
 

@@ -123,9 +123,12 @@ class ImageList(LabelledCollection):
             kept = [column for column in (image_column, label_column) if column in columns]
             table = parquet.read_table(file, columns=kept, memory_map=True)
             table.validate(full=True)
+            n_rows = parquet.read_metadata(file).num_rows
             labels = table[label_column].to_pylist() if label_column in columns else None
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{type(self).__name__}: {file} can't be read as Parquet: {error}") from error
+        if len(table) != n_rows:  # PyArrow believes what groups of rows say
+            raise ValueError(f"{type(self).__name__}: {file} is damaged: {len(table)} rows of {n_rows} were found")
         images = table[image_column]
         if _is_struct(images):
             images = images.combine_chunks().field("bytes") if len(images) else images
