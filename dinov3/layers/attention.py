@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3.layers.fused import may_fuse
 from dinov3.layers.linear import apply_linear, linear
-from dinov3.layers.rope_position_encoding import RopeTables, is_traced, rotate
+from dinov3.layers.rope_position_encoding import RopeTables, rotate
 from dinov3.utils.tensors import cat_keep_shapes, uncat_with_shapes
 
 
@@ -118,6 +119,10 @@ class SelfAttention(nn.Module):
         dropout = self.attn_drop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
 
+    def qkv_bias(self) -> Tensor | None:
+        """The bias of queries, keys and values that takes effect."""
+        return self.qkv.masked_bias() if isinstance(self.qkv, LinearKMaskedBias) else self.qkv.bias
+
     def attention_weights(self, x: Tensor, rope: RopeTables | None = None) -> Tensor:
         """How much each token (third axis) looks at each other one (last axis): `[B, num_heads, N, N]`, rows sum to 1.
 
@@ -224,8 +229,7 @@ class _SplitHeads(torch.autograd.Function):
 
 def _records_heads_alone(qkv: Tensor, rope: RopeTables) -> bool:
     """Whether autograd records this call, and wants no gradient of the tables."""
-    recorded = torch.is_grad_enabled() and qkv.requires_grad and not is_traced()
-    return recorded and not any(table.requires_grad for table in rope)
+    return may_fuse() and qkv.requires_grad and not any(table.requires_grad for table in rope)
 
 
 def _apply_rope(qk: Tensor, rope: RopeTables) -> Tensor:

@@ -1,15 +1,17 @@
 """Pre-norm transformer blocks."""
 
 from collections.abc import Callable, Sequence
-from typing import overload
+from typing import Any, TypeGuard, overload
 
 import torch
 from torch import Tensor, nn
 
-from dinov3.layers.attention import CausalSelfAttention, SelfAttention
+from dinov3.layers.attention import CausalSelfAttention, LinearKMaskedBias, SelfAttention
 from dinov3.layers.drop_path import add_to_random_subset, draw_subset, rows_of_subset
 from dinov3.layers.ffn_layers import Mlp
+from dinov3.layers.fused import is_plain_norm, is_plain_scale, may_fuse, norm_linear, scaled_linear
 from dinov3.layers.layer_scale import LayerScale
+from dinov3.layers.linear import is_plain
 from dinov3.layers.rope_position_encoding import RopeTables
 
 
@@ -114,44 +116,61 @@ class SelfAttentionBlock(nn.Module):
         """`_attention`, all of whose tokens are seen, for some tokens `[M, D]`."""
         wanted = x.flatten(0, 1).index_select(0, rows)
         if not self._drops_samples:
-            return _add_scaled(wanted, self.attn(self.norm1(x), rope=rope, rows=rows), self.ls1)
+            return self._add_attention(wanted, x, rope, rows)
         chosen, scale = draw_subset(x.shape[0], self.sample_drop_ratio, x.device)
-        if rope is not None and rope[0].ndim == 4:
-            rope = rope[0][chosen], rope[1][chosen]
         kept, rows_of_chosen = rows_of_subset(rows, x.shape[1], chosen, x.shape[0])
-        branch = self.ls1(self.attn(self.norm1(x.index_select(0, chosen)), rope=rope, rows=rows_of_chosen))
+        branch = self._attention_branch(x.index_select(0, chosen), _rope_of(rope, chosen), rows_of_chosen)
         return torch.index_add(wanted, 0, kept, branch.to(wanted.dtype), alpha=scale)
 
     def _feed_forward_of_rows(self, wanted: Tensor, rows: Tensor, batch: int, n_tokens: int) -> Tensor:
         """`_feed_forward` of some tokens `[M, D]` of a batch."""
         if not self._drops_samples:
-            return _add_scaled(wanted, self.mlp(self.norm2(wanted)), self.ls2)
+            return self._feed_forward(wanted)
         chosen, scale = draw_subset(batch, self.sample_drop_ratio, wanted.device)
         kept, _ = rows_of_subset(rows, n_tokens, chosen, batch)
-        branch = self.ls2(self.mlp(self.norm2(wanted.index_select(0, kept))))
+        branch = self._feed_forward_branch(wanted.index_select(0, kept))
         return torch.index_add(wanted, 0, kept, branch.to(wanted.dtype), alpha=scale)
 
     def _attention(self, x: Tensor, rope: RopeTables | None) -> Tensor:
         if not self._drops_samples:
-            return _add_scaled(x, self.attn(self.norm1(x), rope=rope), self.ls1)
-
-        def branch(samples: Tensor, indices: Tensor) -> Tensor:
-            per_sample = rope is not None and rope[0].ndim == 4
-            chosen = (rope[0][indices], rope[1][indices]) if rope is not None and per_sample else rope
-            out: Tensor = self.ls1(self.attn(self.norm1(samples), rope=chosen))
-            return out
-
-        return add_to_random_subset(x, branch, self.sample_drop_ratio)
+            return self._add_attention(x, x, rope)
+        return add_to_random_subset(
+            x, lambda samples, chosen: self._attention_branch(samples, _rope_of(rope, chosen)), self.sample_drop_ratio
+        )
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        if not self._drops_samples:
-            return _add_scaled(x, self.mlp(self.norm2(x)), self.ls2)
+        if self._drops_samples:
+            return add_to_random_subset(
+                x, lambda samples, _: self._feed_forward_branch(samples), self.sample_drop_ratio
+            )
+        if may_fuse():
+            return x + self._feed_forward_branch(x)
+        return _add_scaled(x, self.mlp(self.norm2(x)), self.ls2)
 
-        def branch(samples: Tensor, _: Tensor) -> Tensor:
-            out: Tensor = self.ls2(self.mlp(self.norm2(samples)))
+    def _add_attention(self, to: Tensor, x: Tensor, rope: RopeTables | None, rows: Tensor | None = None) -> Tensor:
+        if may_fuse():
+            return to + self._attention_branch(x, rope, rows)
+        return _add_scaled(to, self.attn(self.norm1(x), rope=rope, rows=rows), self.ls1)
+
+    def _attention_branch(self, x: Tensor, rope: RopeTables | None, rows: Tensor | None = None) -> Tensor:
+        """`ls1(attn(norm1(x)))`, of all tokens or of some (see `SelfAttention.forward`)."""
+        norm, attn, scale = self.norm1, self.attn, self.ls1
+        if not (may_fuse() and is_plain_norm(norm) and is_plain_scale(scale) and _is_plain_attention(attn)):
+            out: Tensor = scale(attn(norm(x), rope=rope, rows=rows))
             return out
+        attended = attn.compute_attention(norm_linear(x, norm, attn.qkv.weight, attn.qkv_bias()), rope)
+        if rows is not None:
+            attended = attended.flatten(0, 1).index_select(0, rows)
+        return scaled_linear(attended, attn.proj.weight, attn.proj.bias, scale)
 
-        return add_to_random_subset(x, branch, self.sample_drop_ratio)
+    def _feed_forward_branch(self, x: Tensor) -> Tensor:
+        """`ls2(mlp(norm2(x)))`."""
+        norm, mlp, scale = self.norm2, self.mlp, self.ls2
+        if not (may_fuse() and is_plain_norm(norm) and is_plain_scale(scale) and _is_plain_mlp(mlp)):
+            out: Tensor = scale(mlp(norm(x)))
+            return out
+        hidden = norm_linear(x, norm, mlp.fc1.weight, mlp.fc1.bias)
+        return scaled_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, scale, gelu=True)
 
     @property
     def _drops_samples(self) -> bool:
@@ -219,3 +238,27 @@ class CausalSelfAttentionBlock(nn.Module):
 def _add_scaled(x: Tensor, branch: Tensor, scale: nn.Module) -> Tensor:
     """`x + scale(branch)`, in one pass over memory for a layer scale."""
     return torch.addcmul(x, branch, scale.gamma) if isinstance(scale, LayerScale) else x + scale(branch)
+
+
+def _rope_of(rope: RopeTables | None, chosen: Tensor) -> RopeTables | None:
+    """The tables of some samples: all have the same, or each its own."""
+    return rope if rope is None or rope[0].ndim == 2 else (rope[0][chosen], rope[1][chosen])
+
+
+def _is_plain_attention(attn: Any) -> TypeGuard[SelfAttention]:
+    """Whether the attention is its two linear layers and nothing that `fused` doesn't know."""
+    if not is_plain(attn, SelfAttention):
+        return False
+    qkv_is_plain = is_plain(attn.qkv, nn.Linear) or is_plain(attn.qkv, LinearKMaskedBias)
+    return qkv_is_plain and is_plain(attn.proj, nn.Linear) and not _drops(attn.proj_drop)
+
+
+def _is_plain_mlp(mlp: Any) -> TypeGuard[Mlp]:
+    """Whether the network is two linear layers with an exact GELU between, and nothing that `fused` doesn't know."""
+    if not (is_plain(mlp, Mlp) and is_plain(mlp.fc1, nn.Linear) and is_plain(mlp.fc2, nn.Linear)):
+        return False
+    return is_plain(mlp.act, nn.GELU) and mlp.act.approximate == "none" and not _drops(mlp.drop)
+
+
+def _drops(dropout: nn.Dropout) -> bool:
+    return dropout.training and dropout.p > 0

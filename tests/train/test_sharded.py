@@ -138,7 +138,9 @@ def test_a_step_has_the_losses_gradients_and_weights_of_one_process(
         assert per_image(result["losses"][0]) == pytest.approx(
             per_image(one_process[1]["losses"][0]), rel=1e-5, abs=1e-7
         )
-        assert_close(result["grads"], one_process[1]["grads"], rtol=1e-5)
+        # Pixels that are one unit of their last place larger change the gradients of one process by 1.5e-4: queries and
+        # keys are rotated in bfloat16.
+        assert_close(result["grads"], one_process[1]["grads"], rtol=3e-4)
         assert_close(result["teacher"], one_process[1]["teacher"], rtol=1e-5)
 
 
