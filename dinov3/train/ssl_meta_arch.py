@@ -247,7 +247,10 @@ class SSLMetaArch(MetaArch):
                 0, crops_and_samples
             ),
             "masked_patch_centered": self.ibot_patch_loss.sinkhorn_knopp_teacher(
-                masked_logits, teacher_temp=teacher_temp, n_masked_patches_tensor=n_masked_patches_tensor
+                masked_logits,
+                teacher_temp=teacher_temp,
+                n_masked_patches_tensor=n_masked_patches_tensor,
+                inplace=True,
             ),
         }
         if all_tokens:
