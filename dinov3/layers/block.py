@@ -150,13 +150,13 @@ class SelfAttentionBlock(nn.Module):
     def _add_attention(self, to: Tensor, x: Tensor, rope: RopeTables | None, rows: Tensor | None = None) -> Tensor:
         if may_fuse():
             return to + self._attention_branch(x, rope, rows)
-        return _add_scaled(to, self.attn(self.norm1(x), rope=rope, rows=rows), self.ls1)
+        return _add_scaled(to, self.attn(self.norm1(x), rope=rope, **_rows_argument(rows)), self.ls1)
 
     def _attention_branch(self, x: Tensor, rope: RopeTables | None, rows: Tensor | None = None) -> Tensor:
         """`ls1(attn(norm1(x)))`, of all tokens or of some (see `SelfAttention.forward`)."""
         norm, attn, scale = self.norm1, self.attn, self.ls1
         if not (may_fuse() and is_plain_norm(norm) and is_plain_scale(scale) and _is_plain_attention(attn)):
-            out: Tensor = scale(attn(norm(x), rope=rope, rows=rows))
+            out: Tensor = scale(attn(norm(x), rope=rope, **_rows_argument(rows)))
             return out
         attended = attn.compute_attention(norm_linear(x, norm, attn.qkv.weight, attn.qkv_bias()), rope)
         if rows is not None:
@@ -238,6 +238,11 @@ class CausalSelfAttentionBlock(nn.Module):
 def _add_scaled(x: Tensor, branch: Tensor, scale: nn.Module) -> Tensor:
     """`x + scale(branch)`, in one pass over memory for a layer scale."""
     return torch.addcmul(x, branch, scale.gamma) if isinstance(scale, LayerScale) else x + scale(branch)
+
+
+def _rows_argument(rows: Tensor | None) -> dict[str, Tensor]:
+    """Attention of other classes need not know of rows."""
+    return {} if rows is None else {"rows": rows}
 
 
 def _rope_of(rope: RopeTables | None, chosen: Tensor) -> RopeTables | None:
